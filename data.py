@@ -1,0 +1,303 @@
+"""From text to batches of tokens.
+
+    python data.py                        prepares the default corpus: the standard library of the Python that runs this
+    python data.py --dataset=novel.txt    or any UTF-8 text file, or a folder of them
+    python data.py --tokenizer=byte       bytes instead of the 1,024 tokens learnt from the training text
+
+A corpus is a list of documents. A fifth of them is held out for evaluation; the rest trains the tokenizer and the model.
+Both parts are encoded once, each document followed by a separator, and kept as one flat array of ids on disk:
+
+    data/<dataset>-<hash of the text>/<tokenizer>.json               the tokenizer, if it was learnt here
+    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.bin, ...-val.bin
+
+so that text or a tokenizer that changed can never meet tokens of an older one. train.py does all this on first use.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import struct
+import sysconfig
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+from tqdm import tqdm
+
+HELD_OUT = 0.2  # share of the documents (or of the end of each, when there are fewer than 5)
+SEPARATOR = "<|endoftext|>"
+# A word with its space, up to three digits, a run of symbols, indentation. No token crosses these borders.
+PATTERN = r" ?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|\s*\n|\s+(?!\S)|\s+"
+
+
+class Corpus(NamedTuple):
+    name: str  # e.g. "python"
+    hash: str  # of the text and the split, 12 hex digits
+    tokenizer: tiktoken.Encoding
+    train: np.ndarray  # ids, uint16 or uint32, memory-mapped
+    val: np.ndarray
+    bytes_per_token: float  # of the held-out part: nats/token / ln 2 / bytes_per_token = bits/byte
+
+
+def write_whole(path, write):
+    """Calls write(file) on a temporary file, then renames it to `path`: whoever looks finds the old file or the whole
+    new one, whatever interrupts, and two processes may write the same file at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def read_files(root, pattern="*"):
+    """{relative path: text} of the UTF-8 files below `root`, in order of their path. Others are left out."""
+    documents = {}
+    for path in sorted(Path(root).rglob(pattern)):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and not {"site-packages", "dist-packages"} & set(name.split("/")):
+            try:
+                documents[name] = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+            except (UnicodeDecodeError, PermissionError):
+                pass  # a picture, a test of another encoding, ...
+    return documents
+
+
+def read_documents(dataset):
+    """{name: text} of a dataset: "python", or the path of a text file or of a folder."""
+    if dataset == "python":
+        documents = read_files(sysconfig.get_paths()["stdlib"], "*.py")
+        if sum(map(len, documents.values())) < 5_000_000:
+            print("the standard library's sources are missing or few here: numpy's and sympy's are taken as well")
+            for package in ("numpy", "sympy"):
+                root = Path(__import__(package).__file__).parent
+                documents |= {f"{package}/{name}": text for name, text in read_files(root, "*.py").items()}
+    elif Path(dataset).is_dir():
+        documents = read_files(dataset)
+    elif Path(dataset).is_file():
+        try:
+            documents = {Path(dataset).name: Path(dataset).read_bytes().decode("utf-8").replace("\r\n", "\n")}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--dataset={dataset} is not UTF-8 text: {error}") from None
+    else:
+        raise ValueError(f"--dataset={dataset}: no such file or folder (the default, python, needs none)")
+    documents = {name: text for name, text in documents.items() if text}
+    if not documents:
+        raise ValueError(f"--dataset={dataset} holds no UTF-8 text")
+    return documents
+
+
+def split_documents(documents):
+    """-> (training texts, held-out texts). The fifth of the documents with the lowest hash of their path is held out:
+    the same ones everywhere. Of fewer than 5 documents, the last fifth of each."""
+    if len(documents) < 5:
+        cuts = {name: int(len(text) * (1 - HELD_OUT)) for name, text in documents.items()}
+        return [t[: cuts[n]] for n, t in documents.items()], [t[cuts[n] :] for n, t in documents.items()]
+    ranked = sorted(documents, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+    held_out = set(ranked[: round(len(ranked) * HELD_OUT)])
+    return [t for n, t in documents.items() if n not in held_out], [t for n, t in documents.items() if n in held_out]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding: start from the 256 bytes, and again and again make the most frequent pair of neighbours one
+    token. Counting each distinct word once, with its frequency, makes it a matter of seconds. -> {bytes: id}"""
+    frequency = Counter()
+    for text in tqdm(texts, "counting words", unit=" texts", disable=None):
+        frequency.update(re.findall(PATTERN, text))
+    words = [([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1]
+    counts, found_in = Counter(), defaultdict(dict)  # of each pair, written as one: its frequency, the words it is in
+
+    def count(pair, n, i):
+        counts[pair] += n
+        found_in[pair][i] = True
+
+    for i, (word, n) in enumerate(words):
+        for pair in map(bytes.__add__, word, word[1:]):
+            count(pair, n, i)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    bar = tqdm(total=vocab_size - 1 - 256, desc="learning tokens", unit=" merges", disable=None)
+    while len(ranks) < vocab_size - 1:  # one id is the separator's
+        best = max(counts, key=counts.get, default=b"")
+        if counts[best] < 1:
+            raise ValueError(f"the text is too short for {vocab_size} tokens: take a smaller bpeN, or byte")
+        bar.update(best not in ranks)
+        ranks.setdefault(best, len(ranks))
+        for i in found_in.pop(best):
+            word, n = words[i]
+            j = 0
+            while j < len(word) - 1:
+                if word[j] + word[j + 1] == best:
+                    if j > 0:
+                        counts[word[j - 1] + word[j]] -= n
+                        count(word[j - 1] + best, n, i)
+                    if j + 2 < len(word):
+                        counts[word[j + 1] + word[j + 2]] -= n
+                        count(best + word[j + 2], n, i)
+                    word[j : j + 2] = [best]
+                j += 1
+        del counts[best]
+    bar.close()
+    return ranks
+
+
+def make_tokenizer(spec, texts):
+    """spec: "byte" (257 ids), "bpeN" (N ids, learnt from `texts`) or "gpt2" (tiktoken's, downloaded once)."""
+    if spec == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network raises
+            raise ValueError(
+                f"--tokenizer=gpt2 could not be downloaded ({type(error).__name__}): use bpe1024"
+            ) from None
+    size = 257 if spec == "byte" else int(re.fullmatch(r"bpe(\d{1,7})|.*", spec)[1] or 0)
+    if size < 257:
+        raise ValueError(f"--tokenizer={spec}: should be byte, bpeN with N >= 257 (such as bpe1024), or gpt2")
+    return tiktoken.Encoding(spec, pat_str=PATTERN, mergeable_ranks=train_bpe(texts, size),
+                             special_tokens={SEPARATOR: size - 1})  # fmt: skip
+
+
+def tokenizer_json(tokenizer):
+    """A tokenizer as text: what is saved, and what its hash is taken of."""
+    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
+    ranks = [[base64.b64encode(token).decode(), rank] for token, rank in ranks]
+    fields = dict(name=tokenizer.name, pattern=tokenizer._pat_str, special=tokenizer._special_tokens, ranks=ranks)
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a run folder (its tokenizer.json), or of such a file."""
+    path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
+        return tiktoken.Encoding(fields["name"], pat_str=fields["pattern"], mergeable_ranks=ranks,
+                                 special_tokens=fields["special"])  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole tokenizer file ({type(error).__name__}: {error})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens on disk: a header, then the ids. Header: magic, version, vocabulary size, ids, bytes of text, the hash of
+# corpus and tokenizer, the hash of the ids.
+
+HEADER = struct.Struct("<8sIIQQ32s32s")
+MAGIC, VERSION = b"rnntoken", 1
+
+
+def write_tokens(path, tokenizer, texts, key):
+    pieces = []  # of at most about 1 MB, cut at line ends, so that one huge file is encoded in little memory too
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = text.find("\n", start + 1_000_000) + 1 or len(text)
+            pieces.append((text[start:end], end == len(text)))
+            start = end
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    separator = tokenizer.encode_single_token(SEPARATOR)
+    arrays = []
+    with tqdm(total=sum(map(len, texts)), desc="encoding", unit_scale=True, unit="B", disable=None) as bar:
+        for i in range(0, len(pieces), 64):
+            some = pieces[i : i + 64]
+            for ids, (piece, ends) in zip(tokenizer.encode_ordinary_batch([piece for piece, _ in some]), some):
+                arrays.append(np.array(ids + [separator] * ends, dtype=dtype))
+                bar.update(len(piece))
+    ids = np.concatenate(arrays)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    digest = hashlib.sha256(ids.data).digest()
+    header = HEADER.pack(MAGIC, VERSION, tokenizer.n_vocab, len(ids), text_bytes, key, digest)
+    write_whole(path, lambda file: (file.write(header), file.write(ids.data)))
+
+
+def read_tokens(path, tokenizer, key):
+    """-> (ids, memory-mapped; bytes of text). ValueError if the file is not, to the last bit, what was written."""
+    magic, version, vocab_size, count, text_bytes, found_key, digest = (0,) * 7
+    if path.stat().st_size >= HEADER.size:
+        with open(path, "rb") as file:
+            magic, version, vocab_size, count, text_bytes, found_key, digest = HEADER.unpack(file.read(HEADER.size))
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+    whole = (magic, version, vocab_size, found_key) == (MAGIC, VERSION, tokenizer.n_vocab, key)
+    if whole and path.stat().st_size == HEADER.size + count * dtype.itemsize and count:
+        ids = np.memmap(path, dtype, mode="r", offset=HEADER.size)
+        if hashlib.sha256(ids.data).digest() == digest and ids.max() < vocab_size:
+            return ids, text_bytes
+    raise ValueError(f"{path} is damaged: delete it, it will be made again")
+
+
+def load_corpus(dataset="python", tokenizer="bpe1024", folder="data"):
+    """The tokens of a dataset, prepared if they are not yet. `tokenizer`: see make_tokenizer, or a tiktoken.Encoding."""
+    documents = read_documents(dataset)
+    texts = dict(zip(("train", "val"), split_documents(documents)))
+    if not all(map(any, texts.values())):
+        raise ValueError(f"--dataset={dataset} is too short to hold out a part of it")
+    corpus_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+    folder = Path(folder) / f"{'python' if dataset == 'python' else Path(dataset).resolve().name}-{corpus_hash}"
+    if isinstance(tokenizer, str):
+        path = folder / f"{tokenizer}.json"
+        if path.exists():
+            tokenizer = load_tokenizer(path)
+        else:
+            tokenizer = make_tokenizer(tokenizer, texts["train"])
+            write_whole(path, lambda file: file.write(tokenizer_json(tokenizer).encode()))
+    tokenizer_hash = hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest()[:12]
+    tokens = {}
+    for part in texts:
+        path = folder / f"{tokenizer_hash}-{part}.bin"
+        key = hashlib.sha256(f"{corpus_hash} {tokenizer_hash} {part}".encode()).digest()
+        if not path.exists():
+            write_tokens(path, tokenizer, texts[part], key)
+        tokens[part], text_bytes = read_tokens(path, tokenizer, key)
+    corpus = Corpus(dataset, corpus_hash, tokenizer, tokens["train"], tokens["val"], text_bytes / len(tokens["val"]))
+    print(
+        f"corpus    {dataset} {corpus_hash}: {len(documents):,} files, {sum(map(len, documents.values())):,} characters"
+    )
+    print(f"tokens    {len(corpus.train):,} to train on, {len(corpus.val):,} held out, "
+          f"{tokenizer.name} {tokenizer_hash}, {corpus.bytes_per_token:.2f} bytes/token")  # fmt: skip
+    return corpus
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches. What is drawn for a step depends on the seed and the step alone, so that a resumed run needs no other memory.
+
+
+def random_windows(tokens, b, l, seed, step):
+    """(b, l + 1) int64: b windows from random places; [:, :-1] are the inputs, [:, 1:] the targets."""
+    start = np.random.default_rng([seed, step]).integers(0, len(tokens) - l, size=b)
+    return torch.from_numpy(tokens[start[:, None] + np.arange(l + 1)].astype(np.int64))
+
+
+def next_windows(tokens, b, l, seed, step):
+    """(b, l + 1) int64: b streams, each from its own place in the text; row i of step j + 1 continues row i of step j.
+    At the end of the text a stream goes on with its beginning."""
+    start = np.random.default_rng(seed).integers(len(tokens)) + np.arange(b) * (len(tokens) // b) + step * l
+    return torch.from_numpy(tokens[(start[:, None] + np.arange(l + 1)) % len(tokens)].astype(np.int64))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Prepares a tokenized corpus and says what it holds.")
+    parser.add_argument("--dataset", default="python", help="python, or the path of a UTF-8 text file or of a folder")
+    parser.add_argument("--tokenizer", default="bpe1024", help="byte, bpeN (N ids, learnt from the text) or gpt2")
+    args = parser.parse_args()
+    try:
+        load_corpus(args.dataset, args.tokenizer)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"data.py: {error}\n")
