@@ -1,0 +1,294 @@
+"""Mamba-2 as a language model, with its state in the open (arXiv 2405.21060).
+
+    model = Mamba2LM(Mamba2Config(vocab_size=1024, d_model=128, n_layer=2, headdim=32))
+    logits, _, state = model(idx)                          # idx (b, l) token ids, logits (b, l, vocab)
+    _, loss, state = model(idx, targets, state)            # goes on from where the last call stopped
+    logits, state = model.step(token, state)               # one token, in constant time and memory
+
+Each layer looks at the past in two ways: a causal convolution over the last 4 inputs, and the scan of scan_kernel.py.
+So the state of a layer is a pair (conv, ssm): the convolution's last d_conv - 1 inputs, and the scan's matrices.
+Given the state, a text cut into segments is the same as the text in one piece, at every position, gradients included.
+
+Parameters have the names, shapes and meaning of the official implementation (mamba_ssm, MambaLMHeadModel).
+
+Dimensions, the same letters in every file:
+    b batch · l length · c chunk · q, s place in a chunk (row, column) · h head · p head dim
+    g group of B, C · r head within its group (h = g r) · n state dim · d model width
+"""
+
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from scan_kernel import ssd
+
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32: logits of long texts are made and used up in slices of this many numbers
+
+
+@dataclass
+class Mamba2Config:
+    vocab_size: int
+    d_model: int
+    n_layer: int
+    d_state: int = 128  # n
+    headdim: int = 64  # p
+    expand: int = 2  # the heads together are this much wider than the model: h p = expand d
+    d_conv: int = 4  # the convolution's window, in tokens
+    ngroups: int = 1  # g
+    A_init: str = "uniform"  # or "log": log-uniform, one head in each of h equal parts
+    A_init_range: tuple = (1, 16)  # rates of forgetting; with dt, a head remembers about 1 / (dt A) tokens
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    chunk: int = 64  # of the scan, in tokens; changes speed, not results
+    backend: str | None = None  # of the scan: "triton", "torch", or None for the best there is
+
+    def __post_init__(self):
+        self.A_init_range = tuple(self.A_init_range)
+        self.d_inner = self.expand * self.d_model
+        self.nheads = self.d_inner // self.headdim
+        self.conv_dim = self.d_inner + 2 * self.ngroups * self.d_state  # x, B and C go through the convolution
+        for name in ("vocab_size", "d_model", "n_layer", "d_state", "headdim", "expand", "d_conv", "ngroups", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} should be at least 1, not {getattr(self, name)}")
+        if self.d_inner % self.headdim:
+            raise ValueError(f"headdim {self.headdim} does not divide expand * d_model = {self.d_inner}")
+        if self.nheads % self.ngroups:
+            raise ValueError(f"ngroups {self.ngroups} does not divide the {self.nheads} heads")
+        if self.A_init not in ("uniform", "log"):
+            raise ValueError(f"A_init should be uniform or log, not {self.A_init}")
+        if len(self.A_init_range) != 2 or not 0 < self.A_init_range[0] <= self.A_init_range[1] < math.inf:
+            raise ValueError(f"A_init_range should be 0 < LO <= HI, not {self.A_init_range}")
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
+            raise ValueError(f"dt_min, dt_max should be 0 < dt_min <= dt_max, not {self.dt_min}, {self.dt_max}")
+
+
+class GatedRMSNorm(nn.Module):
+    """norm(y * silu(z)), its mean square taken over each of the groups."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.groups = groups
+
+    def forward(self, y, z):
+        y = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(-2) * self.weight
+
+
+class Mamba2(nn.Module):
+    """A layer: project, convolve, scan, gate, project back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        h = config.nheads
+        self.in_proj = nn.Linear(config.d_model, config.d_inner + config.conv_dim + h, bias=False)  # z, x, B, C, dt
+        self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.D = nn.Parameter(torch.empty(h))
+        self.norm = GatedRMSNorm(config.d_inner, config.ngroups)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    def project(self, u):
+        """u (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h), the last one after softplus, in float32."""
+        sizes = (self.config.d_inner, self.config.conv_dim, self.config.nheads)
+        z, xBC, dt = self.in_proj(u).split(sizes, dim=-1)
+        return z, xBC, F.softplus(dt.float() + self.dt_bias)
+
+    def split_heads(self, xBC):
+        """(..., conv_dim) -> x (..., h, p), B (..., g, n), C (..., g, n)"""
+        config = self.config
+        groups = config.ngroups * config.d_state
+        x, B, C = xBC.split((config.d_inner, groups, groups), dim=-1)
+        x = x.unflatten(-1, (config.nheads, config.headdim))
+        return x, *(t.unflatten(-1, (config.ngroups, config.d_state)) for t in (B, C))
+
+    def forward(self, u, state):
+        """u (b, l, d), state (conv, ssm) -> (b, l, d), (conv, ssm)"""
+        b, l, _ = u.shape
+        conv, ssm = state
+        z, xBC, dt = self.project(u)
+        if conv is None:
+            conv = xBC.new_zeros(b, self.config.d_conv - 1, self.config.conv_dim)
+        padded = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, d_conv - 1 + l, conv_dim)
+        out = self.conv1d.bias
+        for i in range(self.config.d_conv):  # shifted products: faster on a CPU than its depthwise convolution
+            out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
+        x, B, C = self.split_heads(F.silu(out).to(xBC.dtype))
+        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than needed
+        y, ssm = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, ssm, chunk, self.config.backend)
+        y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
+        return self.out_proj(self.norm(y.flatten(-2), z)), (padded[:, l:].clone(), ssm)
+
+    def step(self, u, state):
+        """forward for one token: u (b, d), state (conv, ssm) -> (b, d), (conv, ssm)"""
+        conv, ssm = state
+        z, xBC, dt = self.project(u)
+        window = torch.cat([conv, xBC[:, None]], dim=1)  # (b, d_conv, conv_dim)
+        xBC = F.silu(torch.einsum("bwc,cw->bc", window, self.conv1d.weight[:, 0]) + self.conv1d.bias)
+        x, B, C = self.split_heads(xBC)
+        B, C = (t.repeat_interleave(self.config.nheads // self.config.ngroups, dim=1) for t in (B, C))  # (b, h, n)
+        decay = torch.exp(dt * -torch.exp(self.A_log.float()))  # (b, h)
+        ssm = decay[..., None, None] * ssm + (dt[..., None] * x)[..., None] * B[:, :, None]  # (b, h, p, n)
+        y = (ssm @ C[..., None])[..., 0] + self.D[:, None] * x  # (b, h, p)
+        return self.out_proj(self.norm(y.flatten(1), z)), (window[:, 1:], ssm)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
+        self.mixer = Mamba2(config)
+
+
+class Mamba2LM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = nn.ModuleDict(
+            dict(
+                embedding=nn.Embedding(config.vocab_size, config.d_model),
+                layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                norm_f=nn.RMSNorm(config.d_model, eps=1e-5),
+            )
+        )
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.backbone.embedding.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        embedding (= lm_head)         normal, std 0.02
+        in_proj, conv1d               uniform in +- 1 / sqrt(fan in)
+        out_proj                      the same, divided by sqrt(n_layer): each layer adds to the residual stream
+        norms, D                      1
+        dt_bias                       softplus(dt_bias) log-uniform in [dt_min, dt_max]
+        A_log                         log A, A uniform or log-uniform in A_init_range
+        No weight decay on dt_bias, A_log, D, norms and biases (train.py: on nothing with one dimension)."""
+        config = self.config
+        h = config.nheads
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        for block in self.backbone.layers:
+            mixer = block.mixer
+            mixer.out_proj.weight /= math.sqrt(config.n_layer)  # torch's own initialisation is the uniform one above
+            mixer.norm.weight.fill_(1)
+            mixer.D.fill_(1)
+            dt = config.dt_min * (config.dt_max / config.dt_min) ** torch.rand(h)
+            mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            lo, hi = config.A_init_range
+            if config.A_init == "uniform":
+                mixer.A_log.copy_(torch.log(lo + (hi - lo) * torch.rand(h)))
+            else:  # head i in the i-th part: some forget slowly for every seed
+                mixer.A_log.copy_(math.log(lo) + math.log(hi / lo) * (torch.arange(h) + torch.rand(h)) / h)
+
+    def hidden(self, idx, state=None):
+        """idx (b, l), state or None (= zeros) -> (b, l, d) before the head, state after the last token"""
+        state = self.check_state(idx, state)
+        x = self.backbone.embedding(idx)  # (b, l, d), the residual stream, in float32
+        new_state = []
+        for block, layer_state in zip(self.backbone.layers, state):
+            y, layer_state = block.mixer(block.norm(x), layer_state)
+            x = x + y
+            new_state.append(layer_state)
+        return self.backbone.norm_f(x), new_state
+
+    def check_state(self, idx, state):
+        """ValueError unless state is None or a pair (conv, ssm) for each layer; either may be None (= zeros)."""
+        if idx.dim() != 2 or idx.shape[1] < 1:
+            raise ValueError(f"token ids should be of shape (b, l), l >= 1, not {tuple(idx.shape)}")
+        if state is None:
+            state = [(None, None)] * self.config.n_layer
+        if len(state) != self.config.n_layer:
+            raise ValueError(f"state should hold {self.config.n_layer} layers, not {len(state)}")
+        shape = (idx.shape[0], self.config.d_conv - 1, self.config.conv_dim)
+        for conv, _ in state:
+            if conv is not None and conv.shape != shape:
+                raise ValueError(f"the conv part of a state should be of shape {shape}, not {tuple(conv.shape)}")
+        return state
+
+    def zero_state(self, b):
+        """The state before any token, written out: n_layer pairs of zeros."""
+        config, device = self.config, self.lm_head.weight.device
+        conv = torch.zeros(b, config.d_conv - 1, config.conv_dim, device=device)
+        ssm = torch.zeros(b, config.nheads, config.headdim, config.d_state, device=device)
+        return [(conv, ssm)] * config.n_layer
+
+    def forward(self, idx, targets=None, state=None):
+        """idx (b, l) -> (logits (b, l, vocab), None, state); with targets (b, l): (None, mean loss in nats, state)"""
+        if targets is not None:
+            nll, state = self.per_token_nll(idx, targets, state)
+            return None, nll.mean(), state
+        hidden, state = self.hidden(idx, state)
+        return self.lm_head(hidden), None, state
+
+    def per_token_nll(self, idx, targets, state=None):
+        """idx, targets (b, l) -> negative log-likelihoods (b, l) in nats, float32; state. Holds a slice of logits."""
+
+        def nll(hidden, targets):
+            return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
+
+        hidden, state = self.hidden(idx, state)
+        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        slices = list(zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows)))
+        if len(slices) == 1:
+            nlls = [nll(*slices[0])]
+        else:  # for the backward, each slice is computed again instead of kept
+            nlls = [checkpoint(nll, *s, use_reentrant=False) for s in slices]
+        return torch.cat(nlls).view(idx.shape), state
+
+    @torch.no_grad()
+    def step(self, token, state):
+        """token (b,), state (with tensors in it) -> logits (b, vocab), state"""
+        x = self.backbone.embedding(token)  # (b, d)
+        new_state = []
+        for block, layer_state in zip(self.backbone.layers, state):
+            y, layer_state = block.mixer.step(block.norm(x), layer_state)
+            x = x + y
+            new_state.append(layer_state)
+        return self.lm_head(self.backbone.norm_f(x)), new_state
+
+    @torch.no_grad()
+    def generate(self, idx, tokens, temperature=1.0, top_k=None, state=None, generator=None):
+        """Goes on from the prompt idx (b, l) for `tokens` tokens -> (b, tokens). temperature 0: always the likeliest."""
+        hidden, state = self.hidden(idx, state)
+        logits = self.lm_head(hidden[:, -1])
+        out = []
+        for _ in range(tokens):
+            if temperature == 0:
+                token = logits.argmax(-1)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            out.append(token)
+            logits, state = self.step(token, state)
+        return torch.stack(out, dim=1)
+
+
+def load_run(path, device="cpu"):
+    """-> (model in eval mode, checkpoint dict) of a run folder such as out/prev, or of its ckpt.pt. ValueError or
+    OSError, in one line, if it is not one. Loads tensors and plain values only: a file cannot run code."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() else path
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = Mamba2Config(**checkpoint["config"])
+        weights = checkpoint["model"]
+        model = Mamba2LM(config).to(device)
+        model.load_state_dict(weights)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason})") from None
+    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"{path}: weights that are not finite: {', '.join(broken)}")
+    return model.eval(), checkpoint
