@@ -42,7 +42,7 @@ class Corpus(NamedTuple):
     tokenizer: tiktoken.Encoding
     train: np.ndarray  # ids, uint16 or uint32, memory-mapped
     val: np.ndarray
-    bytes_per_token: float  # of the held-out part: nats/token / ln 2 / bytes_per_token = bits/byte
+    bytes_per_token: float  # nats/token / ln 2 / bytes_per_token = bits/byte
 
 
 def write_whole(path, write):
@@ -165,7 +165,7 @@ def make_tokenizer(spec, texts):
     if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever the network raises
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise ValueError(
                 f"--tokenizer=gpt2 could not be downloaded ({type(error).__name__}): use bpe1024"
             ) from None
@@ -180,8 +180,8 @@ def tokenizer_json(tokenizer):
     """A tokenizer as text: what is saved, and what its hash is taken of."""
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
     ranks = [[base64.b64encode(token).decode(), rank] for token, rank in ranks]
-    fields = dict(name=tokenizer.name, pattern=tokenizer._pat_str, special=tokenizer._special_tokens, ranks=ranks)
-    return json.dumps(fields, separators=(",", ":"))
+    fields = {"name": tokenizer.name, "pattern": tokenizer._pat_str, "special": tokenizer._special_tokens}
+    return json.dumps(fields | {"ranks": ranks}, separators=(",", ":"))
 
 
 def load_tokenizer(folder):
@@ -259,19 +259,19 @@ def load_corpus(dataset="python", tokenizer="bpe1024", folder="data"):
             tokenizer = make_tokenizer(tokenizer, texts["train"])
             write_whole(path, lambda file: file.write(tokenizer_json(tokenizer).encode()))
     tokenizer_hash = hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest()[:12]
-    tokens = {}
-    for part in texts:
+    tokens, text_bytes = {}, 0
+    for part, part_texts in texts.items():
         path = folder / f"{tokenizer_hash}-{part}.bin"
         key = hashlib.sha256(f"{corpus_hash} {tokenizer_hash} {part}".encode()).digest()
         if not path.exists():
-            write_tokens(path, tokenizer, texts[part], key)
-        tokens[part], text_bytes = read_tokens(path, tokenizer, key)
-    corpus = Corpus(dataset, corpus_hash, tokenizer, tokens["train"], tokens["val"], text_bytes / len(tokens["val"]))
-    print(
-        f"corpus    {dataset} {corpus_hash}: {len(documents):,} files, {sum(map(len, documents.values())):,} characters"
-    )
-    print(f"tokens    {len(corpus.train):,} to train on, {len(corpus.val):,} held out, "
-          f"{tokenizer.name} {tokenizer_hash}, {corpus.bytes_per_token:.2f} bytes/token")  # fmt: skip
+            write_tokens(path, tokenizer, part_texts, key)
+        tokens[part], part_bytes = read_tokens(path, tokenizer, key)
+        text_bytes += part_bytes
+    train, val = tokens["train"], tokens["val"]
+    corpus = Corpus(dataset, corpus_hash, tokenizer, train, val, text_bytes / (len(train) + len(val)))
+    print(f"corpus    {dataset} {corpus_hash}: {len(documents):,} files, {text_bytes:,} bytes")
+    print(f"tokens    {len(train):,} to train on, {len(val):,} held out, {corpus.bytes_per_token:.2f} bytes/token")
+    print(f"tokenizer {tokenizer.name} {tokenizer_hash}, {tokenizer.n_vocab:,} ids")
     return corpus
 
 

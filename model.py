@@ -152,13 +152,10 @@ class Mamba2LM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.backbone = nn.ModuleDict(
-            dict(
-                embedding=nn.Embedding(config.vocab_size, config.d_model),
-                layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                norm_f=nn.RMSNorm(config.d_model, eps=1e-5),
-            )
-        )
+        self.backbone = nn.Module()
+        self.backbone.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.backbone.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.backbone.norm_f = nn.RMSNorm(config.d_model, eps=1e-5)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.lm_head.weight = self.backbone.embedding.weight
         self.init_weights()
