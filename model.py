@@ -100,7 +100,7 @@ class Mamba2(nn.Module):
         """u (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h), the last one after softplus, in float32."""
         sizes = (self.config.d_inner, self.config.conv_dim, self.config.nheads)
         z, xBC, dt = self.in_proj(u).split(sizes, dim=-1)
-        return z, xBC, F.softplus(dt.float() + self.dt_bias)
+        return z, xBC, F.softplus(dt + self.dt_bias)
 
     def split_heads(self, xBC):
         """(..., conv_dim) -> x (..., h, p), B (..., g, n), C (..., g, n)"""
@@ -123,7 +123,7 @@ class Mamba2(nn.Module):
             out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
         x, B, C = self.split_heads(F.silu(out).to(xBC.dtype))
         chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than needed
-        y, ssm = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, ssm, chunk, self.config.backend)
+        y, ssm = ssd(x, dt, -torch.exp(self.A_log), B, C, ssm, chunk, self.config.backend)
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
         return self.out_proj(self.norm(y.flatten(-2), z)), (padded[:, l:].clone(), ssm)
 
@@ -135,7 +135,7 @@ class Mamba2(nn.Module):
         xBC = F.silu(torch.einsum("bwc,cw->bc", window, self.conv1d.weight[:, 0]) + self.conv1d.bias)
         x, B, C = self.split_heads(xBC)
         B, C = (t.repeat_interleave(self.config.nheads // self.config.ngroups, dim=1) for t in (B, C))  # (b, h, n)
-        decay = torch.exp(dt * -torch.exp(self.A_log.float()))  # (b, h)
+        decay = torch.exp(dt * -torch.exp(self.A_log))  # (b, h)
         ssm = decay[..., None, None] * ssm + (dt[..., None] * x)[..., None] * B[:, :, None]  # (b, h, p, n)
         y = (ssm @ C[..., None])[..., 0] + self.D[:, None] * x  # (b, h, p)
         return self.out_proj(self.norm(y.flatten(1), z)), (window[:, 1:], ssm)
@@ -289,3 +289,13 @@ def load_run(path, device="cpu"):
     if broken:
         raise ValueError(f"{path}: weights that are not finite: {', '.join(broken)}")
     return model.eval(), checkpoint
+
+
+def choose_device(name):
+    """ "auto" (CUDA, Apple's MPS, or the CPU, in this order), "cpu", "cuda:1", ... -> the torch.device, if it works here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={name} does not work here: {str(error).splitlines()[0]}") from None

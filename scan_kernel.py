@@ -22,15 +22,14 @@ import torch
 
 def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
     """The recurrence as it is defined. Arguments and results of `ssd`, any float dtype, gradients by autograd."""
-    b, l, h, p = x.shape
+    b, _, h, p = x.shape
     g, n = B.shape[2:]
     B, C = (t.to(dt.dtype).repeat_interleave(h // g, dim=2) for t in (B, C))  # (b, l, h, n)
     S = dt.new_zeros(b, h, p, n) if init_state is None else init_state
     y = []
-    for t in range(l):
-        decay = torch.exp(dt[:, t] * A)[:, :, None, None]  # (b, h, 1, 1)
-        S = decay * S + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t].to(dt.dtype), B[:, t])  # (b, h, p, n)
-        y.append(torch.einsum("bhpn,bhn->bhp", S, C[:, t]))
+    for x_t, dt_t, B_t, C_t in zip(*(t.unbind(1) for t in (x.to(dt.dtype), dt, B, C))):
+        S = torch.exp(dt_t * A)[:, :, None, None] * S + torch.einsum("bh,bhp,bhn->bhpn", dt_t, x_t, B_t)  # (b, h, p, n)
+        y.append(torch.einsum("bhpn,bhn->bhp", S, C_t))
     return torch.stack(y, dim=1).to(x.dtype), S
 
 

@@ -26,20 +26,21 @@ Dimensions, the same letters in every file:
 import argparse
 import json
 import math
+import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
-from model import Mamba2Config, Mamba2LM, load_run
+from data import SEPARATOR, load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
+from model import Mamba2Config, Mamba2LM, choose_device, load_run
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 
@@ -66,50 +67,50 @@ class InitialState:
 
     `draw` makes it, as the model takes it: a pair (conv, ssm) for each layer, or None for zeros. The conv part, the last
     3 tokens' inputs, is zero except in tbtt, where those tokens really come before (the paper does not say; our choice).
-    `observe` sees the state at the end of each step. What is remembered in between is in `memory`, for the checkpoint."""
+    `observe` sees the state at the end of each step. What is remembered in between, for the checkpoint, is in `memory`:
+    lists with a tensor for each layer."""
 
-    def __init__(self, args, memory=None):
-        self.mode, self.seed, self.noise_std, self.init_prob = (
-            args[name] for name in ("init_state", "seed", "noise_std", "init_prob")
-        )
-        self.memory = memory if memory is not None else {}
+    def __init__(self, args, device, memory=None):
+        self.mode, self.seed, self.device = args["init_state"], args["seed"], device
+        self.noise_std, self.init_prob = args["noise_std"], args["init_prob"]
+        self.memory = {name: [t.to(device) for t in tensors] for name, tensors in (memory or {}).items()}
 
-    def draw(self, model, b, step):
-        config, device = model.config, model.lm_head.weight.device
-        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + step)  # a resumed run draws the same
-        shape = (config.n_layer, b, config.nheads, config.headdim, config.d_state)
-        if self.mode == "noise":
-            ssm = self.noise_std * torch.randn(shape, generator=generator, device=device)
-            state = [(None, layer) for layer in ssm]
-        elif self.mode == "fitted":
-            mean, square = (
-                self.memory[name][:, None, :, None, None] for name in ("mean", "square")
-            )  # (layer, 1, h, 1, 1)
-            std = (square - mean**2).clamp(min=0).sqrt()
-            state = [(None, layer) for layer in mean + std * torch.randn(shape, generator=generator, device=device)]
-        elif "carried" in self.memory:
-            state = self.memory["carried"]
-        else:  # zero; prev and tbtt in their first step
+    def draw(self, config, b, step):
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)  # the same after a resume
+        conv, ssm = [None] * config.n_layer, self.memory.get("ssm")
+        if self.mode in ("noise", "fitted"):
+            shape = (config.n_layer, b, config.nheads, config.headdim, config.d_state)
+            ssm = torch.randn(shape, generator=generator, device=self.device)
+            if self.mode == "noise":
+                ssm = list(self.noise_std * ssm)
+            else:
+                mean, square = (torch.stack(self.memory[name])[:, None, :, None, None] for name in ("mean", "square"))
+                ssm = list(mean + (square - mean**2).clamp(min=0).sqrt() * ssm)  # mean (layer, 1, h, 1, 1)
+        if ssm is None:  # zero; also prev and tbtt in their first step
             return None
-        kept = torch.rand(b, generator=generator, device=device) < self.init_prob  # the other sequences start from zero
-        return [tuple(part if part is None else part * kept.view(b, *[1] * (part.dim() - 1)) for part in layer)
-                for layer in state]  # fmt: skip
+        conv = self.memory.get("conv", conv)
+        if self.init_prob < 1:  # the other sequences start from zero
+            kept = torch.rand(b, generator=generator, device=self.device) < self.init_prob
+            ssm = [t * kept[:, None, None, None] for t in ssm]
+            conv = [t if t is None else t * kept[:, None, None] for t in conv]
+        return list(zip(conv, ssm))
 
     def observe(self, state):
         """state: the list of (conv, ssm) at the end of a step. Detached: no gradient reaches the previous step."""
-        if self.mode == "prev":
-            self.memory["carried"] = [(None, ssm.detach()) for _, ssm in state]
-        elif self.mode == "tbtt":
-            self.memory["carried"] = [(conv.detach(), ssm.detach()) for conv, ssm in state]
+        if self.mode in ("prev", "tbtt"):
+            self.memory["ssm"] = [ssm.detach() for _, ssm in state]
+        if self.mode == "tbtt":
+            self.memory["conv"] = [conv.detach() for conv, _ in state]
 
     def fit(self, state, rate):
         """For `fitted`: moves the mean and the mean square of each layer and head towards those of these final states.
 
         They must come from zero states. States that started from fitted noise still hold what the slow heads have not
         forgotten of it: fitted to them, the noise would feed on itself and grow."""
-        ssm = torch.stack([ssm for _, ssm in state])  # (layer, b, h, p, n)
-        for name, value in (("mean", ssm.mean((1, 3, 4))), ("square", ssm.square().mean((1, 3, 4)))):  # (layer, h)
-            self.memory[name] = torch.lerp(self.memory.get(name, value), value, rate)
+        ssm = [ssm for _, ssm in state]  # each (b, h, p, n)
+        for name, tensors in (("mean", ssm), ("square", [t.square() for t in ssm])):
+            values = [t.mean((0, 2, 3)) for t in tensors]  # each (h)
+            self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(self.memory.get(name, values), values)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,7 +144,9 @@ def make_parser():
     group = parser.add_argument_group("the run")
     group.add_argument("--out", help="folder of the run [out/<init_state>]")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
-    flag(group, "init_from", "start from the weights of this run, with its architecture, T and tokenizer", metavar="RUN")
+    flag(
+        group, "init_from", "start from the weights of this run, with its architecture, T and tokenizer", metavar="RUN"
+    )
     flag(group, "preset", "defaults of size and training: tiny for a CPU, small for a GPU", choices=PRESETS)
     flag(group, "steps", "optimizer steps", type=at_least(1))
     flag(group, "batch_size", "sequences a step", type=at_least(1))
@@ -153,7 +156,12 @@ def make_parser():
     flag(group, "dataset", "python (the standard library's sources), or a UTF-8 text file, or a folder of them")
     flag(group, "tokenizer", "byte, bpeN (N ids, learnt from the text), or gpt2 (downloaded once)")
     flag(group, "device", "auto, cpu, cuda, cuda:1, mps")
-    flag(group, "dtype", "of the matrix products; auto: bfloat16 where it is fast", choices=["auto", "float32", "bfloat16"])
+    flag(
+        group,
+        "dtype",
+        "of the matrix products; auto: bfloat16 where it is fast",
+        choices=["auto", "float32", "bfloat16"],
+    )
     flag(group, "backend", "of the scan; auto: triton on a GPU", choices=["auto", "triton", "torch"])
     flag(group, "log_every", "steps between two lines of the log", type=at_least(1))
     flag(group, "val_every", "steps between two validations", type=at_least(1))
@@ -188,37 +196,27 @@ def resolve(given):
             fixed, why = {*MODEL_FLAGS, "seq_len", "tokenizer", "preset"}, f"--init_from={given['init_from']}"
             args |= {name: checkpoint["args"][name] for name in fixed | {"batch_size", "dataset"}} | POST_TRAINING
     for name in fixed & set(given):
-        if given[name] != args[name]:
+        if given[name] not in (args[name], "auto"):
             raise ValueError(f"--{name}={given[name]} contradicts {why}, where it is {args[name]}: leave it out")
-    args = args | given | {"out": str(out)}
+    args = args | {name: value for name, value in given.items() if name not in fixed} | {"out": str(out)}
     if args["seq_len"] % 2:
         raise ValueError(f"--seq_len={args['seq_len']} should be even: evaluation works with halves of it")
     return args, out, model, checkpoint
 
 
-def choose_device(args):
-    """-> device, whether its matrix products are in bfloat16. Says why."""
-    device, why = args["device"], "as asked"
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        why = "the best there is"
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={device} does not work here: {str(error).splitlines()[0]}") from None
-    bf16, fast = args["dtype"] == "bfloat16", "as asked"
-    if args["dtype"] == "auto":
-        cuda = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = cuda or (device == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-        fast = "fast here" if bf16 else "bfloat16 is not faster here"
-    print(f"device    {device} ({why}), products in {'bfloat16' if bf16 else 'float32'} ({fast})")
-    return torch.device(device), bf16
+def choose_dtype(device):
+    """bfloat16 for the matrix products where it is fast, float32 elsewhere (many CPUs only emulate bfloat16)."""
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return "bfloat16" if cuda or amx else "float32"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Training
 
 
 def learning_rate(step, args):
+    """Linear up to the peak, then a cosine down to a tenth of it."""
     warmup = max(1, round(WARMUP * args["steps"]))
     if step < warmup:
         return args["lr"] * (step + 1) / warmup
@@ -228,9 +226,8 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(model, tokens, T, device):
-    """Mean losses (nats/token) on the same held-out tokens at every call: over windows of T from a zero state, and over
-    the second half of texts of 64 T through which the state is carried."""
-    model.eval()
+    """Mean losses (nats/token), on the same held-out tokens at every call: over windows of T tokens from a zero state,
+    and over the second half of texts of 64 T tokens through which the state is carried."""
     windows = random_windows(tokens, max(16, 32768 // T), T, 0, 0).to(device)
     val = model.per_token_nll(windows[:, :-1], windows[:, 1:])[0].mean()
     segments, state, carried = min(64, len(tokens) // T), None, []
@@ -238,13 +235,168 @@ def validate(model, tokens, T, device):
         windows = next_windows(tokens, 16, T, 0, i).to(device)
         nll, state = model.per_token_nll(windows[:, :-1], windows[:, 1:], state)
         carried.append(nll.mean())
-    model.train()
     return val.item(), torch.stack(carried[segments // 2 :]).mean().item()
 
 
-def main():
+def provenance(corpus):
+    """What one needs to know later to make the same run again. Plain values."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform()}
+    return {"corpus_hash": corpus.hash, "versions": versions, "git": commit}
+
+
+COLUMNS = {"step": "7,d", "loss": "8.4f", "bits_per_byte": "7.3f", "lr": "9.1e", "grad_norm": "7.2f", "state_std": "7.3f",
+           "ms_per_step": "8.1f", "tokens_per_s": "10,.0f", "val_loss": "8.4f", "carried_loss": "8.4f"}  # fmt: skip
+HEADER = "   step    loss  b/byte       lr   grad  state  ms/step     tok/s     val  val 64T"
+
+
+def main(argv=None):
     parser = make_parser()
     try:
-        args, out, model, checkpoint = resolve(vars(parser.parse_args()))
-        device, bf16 = choose_device(args)
-        resumed = checkpoint is not None and checkpoint["args"]["out"] == args["out"]
+        given = vars(parser.parse_args(argv))
+        resuming = "resume" in given
+        args, out, model, checkpoint = resolve(given)
+        if resuming and checkpoint["step"] >= args["steps"]:
+            return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
+        device = choose_device(args["device"])
+        if args["dtype"] == "auto":
+            args["dtype"] = choose_dtype(device)
+        run = out if resuming else args["init_from"]
+        corpus = load_corpus(args["dataset"], load_tokenizer(run) if run else args["tokenizer"])
+        if resuming and corpus.hash != checkpoint["corpus_hash"]:
+            raise ValueError(f"{out} was trained on corpus {checkpoint['corpus_hash']}, which is not here any more")
+        b, T = args["batch_size"], args["seq_len"]
+        if len(corpus.train) < 2 * T or len(corpus.val) < 2 * T:
+            raise ValueError(f"--dataset={args['dataset']} holds less than two windows of {T} tokens in a part of it")
+        torch.manual_seed(args["seed"])
+        if model is None:
+            shape = {name: args[name] for name in MODEL_FLAGS}
+            model = Mamba2LM(Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **shape))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"train.py: error: {error}\n")
+
+    model.to(device).train()
+    config = model.config
+    config.backend = None if args["backend"] == "auto" else args["backend"]
+    parameters = list(model.parameters())
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=args["lr"], betas=BETAS, fused=device.type != "mps")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args["dtype"] == "bfloat16")
+    init = InitialState(args, device, checkpoint["init_state"] if resuming else None)
+    print(f"model     {sum(p.numel() for p in parameters):,} parameters, {config.n_layer} layers of {config.nheads} heads, "
+          f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
+    print(f"device    {device}, matrix products in {args['dtype']}")
+    print(f"training  {args['init_state']}, {b} x {T} tokens/step, {args['steps'] * b * T:,} tokens -> {out}")
+
+    def batch_of(step):
+        windows = next_windows if args["init_state"] == "tbtt" else random_windows
+        batch = windows(corpus.train, b, T, args["seed"], step).to(device)
+        return batch[:, :-1], batch[:, 1:]
+
+    def fit(step, rate):
+        with torch.no_grad(), autocast:
+            init.fit(model.hidden(batch_of(step)[0])[1], rate)
+
+    def save(folder):
+        content = {"config": asdict(config) | {"backend": None, "A_init_range": list(config.A_init_range)}, "args": args,
+                   "step": step, "tokens": step * b * T, **provenance(corpus), "model": model.state_dict(),
+                   "optimizer": optimizer.state_dict(), "init_state": init.memory}  # fmt: skip
+        write_whole(folder / "ckpt.pt", lambda file: torch.save(content, file))
+
+    step, log = 0, out / "log.jsonl"
+    if resuming:
+        step = checkpoint["step"]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_whole(log, lambda file: file.write("".join(lines).encode()))
+    else:
+        if args["init_state"] == "fitted":
+            for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
+                fit(args["steps"] + i, 1 / (i + 1))  # batches that training will not use; the plain mean of all
+        made = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole: a run folder can always be resumed
+        save(made)
+        facts = json.dumps({"argv": sys.argv, "args": args, **provenance(corpus)}, indent=2)
+        write_whole(made / "args.json", lambda file: file.write(facts.encode()))
+        write_whole(made / "tokenizer.json", lambda file: file.write(tokenizer_json(corpus.tokenizer).encode()))
+        if out.exists():
+            out.rmdir()  # it is empty
+        made.rename(out)
+
+    stopped_by = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, the next one just stops
+        signal.signal(number, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
+    resume = f"python train.py --out={out} --resume"
+    losses, times = [], []
+    bar = tqdm(total=args["steps"], initial=step, unit=" steps", disable=None, dynamic_ncols=True)
+    bar.write(HEADER)
+    while step < args["steps"] and not stopped_by:
+        synchronize(device)
+        start = time.perf_counter()
+        idx, targets = batch_of(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with autocast:
+            _, loss, state = model(idx, targets, init.draw(config, b, step))
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        if not torch.isfinite(grad_norm):
+            bar.close()
+            print(f"stopped: loss {loss.item()}, gradient norm {grad_norm.item()} in step {step}. {out}/ckpt.pt is the "
+                  "last checkpoint before it; a lower --lr may help", file=sys.stderr)  # fmt: skip
+            return 1
+        optimizer.step()
+        init.observe(state)
+        if args["init_state"] == "fitted" and step % REFIT_EVERY == 0:
+            fit(step, REFIT_RATE)
+        step += 1
+        losses.append(loss.item())
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+        bar.update()
+        last = step == args["steps"] or bool(stopped_by)
+        validated = step % args["val_every"] == 0 or step == args["steps"]
+        if step % args["log_every"] == 0 or validated or last:
+            mean_loss, seconds = sum(losses) / len(losses), statistics.median(times)
+            row = {"step": step, "tokens": step * b * T, "loss": mean_loss,
+                   "bits_per_byte": mean_loss / math.log(2) / corpus.bytes_per_token,
+                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                   "state_std": torch.stack([ssm.std() for _, ssm in state]).mean().item(),
+                   "ms_per_step": 1000 * seconds, "tokens_per_s": b * T / seconds}  # fmt: skip
+            if validated:
+                with autocast:
+                    row["val_loss"], row["carried_loss"] = validate(model, corpus.val, T, device)
+            bar.write("".join(f"{row[name]:{width}}" for name, width in COLUMNS.items() if name in row))
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            losses, times = [], []
+        if step % args["save_every"] == 0 or last:
+            save(out)
+    bar.close()
+    if step < args["steps"]:
+        print(f"stopped after step {step}, saved. Go on with: {resume}")
+        return 128 + stopped_by[0]
+    separator = torch.tensor([[corpus.tokenizer.encode_single_token(SEPARATOR)]], device=device)
+    sample = model.eval().generate(separator, 256, generator=torch.Generator(device).manual_seed(args["seed"]))
+    print(f"\na sample of 256 tokens:\n\n{corpus.tokenizer.decode(sample[0].tolist())}\n")
+    print(f"held-out perplexity {math.exp(row['val_loss']):.2f} in windows of {T} tokens, "
+          f"{math.exp(row['carried_loss']):.2f} with the state carried over {32 * T} to {64 * T} tokens")  # fmt: skip
+    print(f"how it fares further on: python eval_long.py {out}")
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before there is anything to save
+        sys.exit(130)

@@ -1,0 +1,637 @@
+"""What this project claims, as tests: python -m pytest test_all.py
+
+Each compares with something computed in another way: the recurrence token by token in float64, a sum written out, one
+pass over the whole text, an uninterrupted run. Where gradients are compared, the gradient that comes in is random."""
+
+import itertools
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import eval_long
+import model as model_file
+import train
+from model import Mamba2Config, Mamba2LM, load_run
+from scan_kernel import ssd, ssd_chunked, ssd_loop
+
+ROOT = Path(__file__).parent
+NAMES = ("x", "dt", "A", "B", "C", "init_state")
+
+
+def assert_close(name, reference, result, tolerance):
+    """RMS(error) / RMS(reference) below the tolerance, and no NaN."""
+    error = (result.double() - reference.double()).square().mean().sqrt()
+    ratio = (error / reference.double().square().mean().sqrt().clamp(min=1e-30)).item()
+    assert ratio < tolerance, f"{name}: relative error {ratio:.2e}, should be below {tolerance:.0e}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The scan
+
+
+def scan_inputs(l, b=2, h=4, p=8, g=2, n=16, init=True, dtype=torch.float64, seed=0):
+    """{name: tensor} with gradients. Some heads forget at once, some remember everything."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = {"x": normal(b, l, h, p).to(dtype), "dt": F.softplus(normal(b, l, h) - 2).to(wide),
+               "A": -(torch.logspace(-2, 1.2, h, dtype=wide)), "B": normal(b, l, g, n).to(dtype),
+               "C": normal(b, l, g, n).to(dtype), "init_state": normal(b, h, p, n).to(wide) if init else None}  # fmt: skip
+    return {name: t if t is None else t.requires_grad_() for name, t in tensors.items()}
+
+
+def scan_and_gradients(scan, inputs, loss_on, **options):
+    """-> {name: tensor}: y, final_state, and the gradients of a random loss on "y", on "state" or on "both"."""
+    y, state = scan(**inputs, **options)
+    generator = torch.Generator().manual_seed(1)
+    dy, dstate = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (y, state))
+    pairs = {"y": [(y, dy)], "state": [(state, dstate)], "both": [(y, dy), (state, dstate)]}[loss_on]
+    given = {name: t for name, t in inputs.items() if t is not None}
+    gradients = torch.autograd.grad(
+        [out for out, _ in pairs], list(given.values()), [d for _, d in pairs], allow_unused=True
+    )
+    zeros = (torch.zeros_like(t) if d is None else d for d, t in zip(gradients, given.values()))
+    return {"y": y, "final_state": state} | {f"d{name}": d for name, d in zip(given, zeros)}
+
+
+def test_loop_is_the_sum_written_out():
+    """The reference itself: y_t = sum over s <= t of exp(A (dt_s+1 + ... + dt_t)) dt_s (B_s . C_t) x_s + what is left of S."""
+    inputs = {name: t.detach().numpy() for name, t in scan_inputs(7, b=1, h=2, g=1).items()}
+    x, dt, A, B, C, S = inputs.values()
+    y, final = ssd_loop(*map(torch.from_numpy, inputs.values()))
+    for head in range(2):
+        for t in range(7):
+            expected = np.exp(A[head] * dt[0, : t + 1, head].sum()) * S[0, head] @ C[0, t, 0]
+            for s in range(t + 1):
+                decay = np.exp(A[head] * dt[0, s + 1 : t + 1, head].sum())
+                expected = expected + decay * dt[0, s, head] * (B[0, s, 0] @ C[0, t, 0]) * x[0, s, head]
+            np.testing.assert_allclose(y[0, t, head], expected, rtol=1e-12)
+        assert_close("final_state", torch.from_numpy(expected), final[0, head] @ torch.from_numpy(C[0, 6, 0]), 1e-12)
+
+
+@pytest.mark.parametrize("loss_on", ["y", "state", "both"])
+@pytest.mark.parametrize("init", [True, False], ids=["init", "zero"])
+@pytest.mark.parametrize("g", [1, 2])
+@pytest.mark.parametrize("l", [1, 3, 63, 64, 65, 200, 131])
+def test_chunked_equals_loop(l, g, init, loss_on):
+    """y, the final state and all six gradients of the chunked scan are those of the recurrence."""
+    inputs = scan_inputs(l, g=g, init=init)
+    reference, result = (scan_and_gradients(scan, inputs, loss_on) for scan in (ssd_loop, ssd_chunked))
+    for name in reference:
+        assert_close(name, reference[name], result[name], 1e-10)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
+def test_chunked_is_accurate_in_low_precision(dtype, tolerance):
+    """In float32 and bfloat16, over 16 chunks, against the recurrence in float64 on the same numbers."""
+    inputs = scan_inputs(500, dtype=dtype)
+    wide = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    reference = scan_and_gradients(ssd_loop, wide, "both")
+    result = scan_and_gradients(ssd_chunked, inputs, "both", chunk=32)
+    for name in reference:
+        assert_close(name, reference[name], result[name], tolerance)
+    assert result["final_state"].dtype == torch.float32 and result["y"].dtype == dtype
+
+
+@pytest.mark.parametrize("dtA", [-50.0, -5.0, -1e-6, -0.0])
+def test_extreme_decays_stay_finite(dtA):
+    """Heads that forget within a token, or never, make neither NaN nor infinity, forward or backward."""
+    inputs = {name: t.detach().float() for name, t in scan_inputs(130).items()}
+    inputs["dt"], inputs["A"] = torch.ones_like(inputs["dt"]), torch.full_like(inputs["A"], dtA)
+    inputs = {name: t.requires_grad_() for name, t in inputs.items()}
+    reference, result = (scan_and_gradients(scan, inputs, "both") for scan in (ssd_loop, ssd_chunked))
+    for name in reference:
+        if name not in ("ddt", "dA") or dtA > -1:  # these two are then small differences of large sums
+            assert_close(name, reference[name], result[name], 1e-4)
+        assert torch.isfinite(result[name]).all()
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"dt": torch.zeros(2, 5, 3)}, "dt"), ({"A": torch.zeros(3)}, "A"), ({"B": torch.zeros(2, 5, 3, 16)}, "B"),
+    ({"C": torch.zeros(2, 5, 2, 8)}, "C"), ({"init_state": torch.zeros(2, 4, 16, 8)}, r"init_state.*\(2, 4, 8, 16\)"),
+    ({"init_state": torch.zeros(2, 4, 8, 16, dtype=torch.float16)}, "init_state"), ({"chunk": 48}, "chunk"),
+    ({"backend": "cuda"}, "backend"), ({"x": torch.zeros(2, 0, 4, 8)}, "x"),
+    ({"x": torch.zeros(2, 5, 4, 8, dtype=torch.int64)}, "x"),
+])  # fmt: skip
+def test_scan_names_the_argument_that_does_not_fit(change, message):
+    """Nothing is ignored or guessed: a wrong shape, dtype or setting is a ValueError that names it."""
+    with pytest.raises(ValueError, match=f"ssd: .*{message}"):
+        ssd(**{**scan_inputs(5, dtype=torch.float32), **change})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 61, "d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 8, "chunk": 16, "A_init": "log",
+             "A_init_range": (0.01, 16), "ngroups": 2}  # fmt: skip
+    return Mamba2LM(Mamba2Config(**shape | changes)).double()
+
+
+def random_ids(b, l, seed=0):
+    return torch.randint(61, (b, l), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("cuts", [[1, 50], [3, 4, 70], [32, 64], [2, 3]])
+def test_segments_equal_one_pass(cuts):
+    """Cut anywhere, with the state carried, a text has the same logits at every position and the same gradients."""
+    model, idx = tiny_model(), random_ids(2, 77)
+    weights = torch.randn(2, 77, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    whole, _, whole_state = model(idx)
+    gradients = torch.autograd.grad((whole * weights).sum(), model.parameters())
+    state, parts = None, []
+    for part in idx.tensor_split(cuts, dim=1):
+        logits, _, state = model(part, state=state)
+        parts.append(logits)
+    parts = torch.cat(parts, dim=1)
+    assert_close("logits", whole, parts, 1e-10)
+    for i, gradient in enumerate(torch.autograd.grad((parts * weights).sum(), model.parameters())):
+        assert_close(f"gradient {i}", gradients[i], gradient, 1e-10)
+    for (conv, ssm), (whole_conv, whole_ssm) in zip(state, whole_state):
+        assert_close("conv", whole_conv, conv, 1e-10)
+        assert_close("ssm", whole_ssm, ssm, 1e-10)
+
+
+def test_step_equals_forward():
+    """Token by token, in constant memory, the logits and the state are those of the parallel form."""
+    model, idx = tiny_model(), random_ids(2, 20)
+    whole, _, whole_state = model(idx)
+    state = model.zero_state(2)
+    for t in range(20):
+        logits, state = model.step(idx[:, t], state)
+        assert_close(f"logits {t}", whole[:, t], logits, 1e-10)
+    for part, whole_part in zip(itertools.chain(*state), itertools.chain(*whole_state)):
+        assert_close("state", whole_part, part, 1e-10)
+
+
+def test_initial_state_matters_and_has_a_gradient():
+    """Neither part of a layer's initial state is ignored, and the loss has a gradient for each."""
+    model, idx = tiny_model(), random_ids(2, 20)
+    base = model(idx)[0]
+    for layer in range(2):
+        for part in range(2):
+            state = [[t.double() for t in pair] for pair in model.zero_state(2)]
+            state[layer][part] = torch.randn_like(state[layer][part], requires_grad=True)
+            logits = model(idx, state=state)[0]
+            assert (logits - base).abs().amax((0, 2))[0] > 1e-4  # already at the first token
+            assert torch.autograd.grad(logits.square().sum(), state[layer][part])[0].abs().max() > 1e-6
+
+
+def test_a_prefix_does_not_see_what_follows():
+    """Causality: other tokens later leave the logits before them as they are."""
+    model, idx = tiny_model(), random_ids(1, 50)
+    changed = torch.cat([idx[:, :33], random_ids(1, 17, seed=5)], dim=1)
+    torch.testing.assert_close(model(idx)[0][:, :33], model(changed)[0][:, :33], rtol=0, atol=1e-12)
+
+
+def test_sliced_loss_equals_whole(monkeypatch):
+    """per_token_nll in slices of the logits: the same losses and gradients as cross-entropy on all of them."""
+    model, idx = tiny_model(), random_ids(3, 41)
+    weights = torch.rand(3, 40, dtype=torch.float64)
+    logits = model(idx[:, :-1])[0].float()
+    whole = F.cross_entropy(logits.transpose(1, 2), idx[:, 1:], reduction="none")
+    gradient = torch.autograd.grad((whole * weights).sum(), model.lm_head.weight)[0]
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 61 * 7)
+    sliced, _ = model.per_token_nll(idx[:, :-1], idx[:, 1:])
+    assert_close("nll", whole, sliced, 1e-6)
+    sliced_gradient = torch.autograd.grad((sliced * weights).sum(), model.lm_head.weight)[0]
+    assert_close("gradient", gradient, sliced_gradient, 1e-5)
+
+
+def test_parameters_are_the_official_ones():
+    """Names and shapes of mamba_ssm's MambaLMHeadModel with Mamba-2 layers (d_inner 64, conv_dim 64 + 2 x 2 x 16)."""
+    shapes = {name: tuple(t.shape) for name, t in tiny_model(n_layer=1).state_dict().items()}
+    layer = "backbone.layers.0."
+    assert shapes == {
+        "backbone.embedding.weight": (61, 32), layer + "norm.weight": (32,), layer + "mixer.dt_bias": (8,),
+        layer + "mixer.A_log": (8,), layer + "mixer.D": (8,), layer + "mixer.in_proj.weight": (64 + 128 + 8, 32),
+        layer + "mixer.conv1d.weight": (128, 1, 4), layer + "mixer.conv1d.bias": (128,),
+        layer + "mixer.norm.weight": (64,), layer + "mixer.out_proj.weight": (32, 64),
+        "backbone.norm_f.weight": (32,), "lm_head.weight": (61, 32),
+    }  # fmt: skip
+
+
+def test_initialisation():
+    """dt within [dt_min, dt_max]; A log-uniform with one head in each of h equal parts, for every seed."""
+    for seed in range(5):
+        mixer = tiny_model(seed).backbone.layers[0].mixer
+        dt, A = F.softplus(mixer.dt_bias), mixer.A_log.exp()
+        assert 0.99e-3 <= dt.min() and dt.max() <= 0.101
+        part = (A / 0.01).log() / math.log(16 / 0.01) * 8
+        assert part.floor().long().tolist() == list(range(8))
+
+
+def test_generate_is_greedy_forward():
+    """generate at temperature 0 picks what forward over the text so far finds likeliest."""
+    model, idx = tiny_model(), random_ids(2, 9)
+    out = model.generate(idx, 12, temperature=0)
+    for _ in range(12):
+        idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
+    assert out.tolist() == idx[:, 9:].tolist()
+
+
+@pytest.mark.parametrize("changes,message", [({"headdim": 7}, "headdim"), ({"ngroups": 3}, "ngroups"), ({"chunk": 0}, "chunk"),
+                                             ({"A_init_range": (0, 1)}, "A_init_range"), ({"dt_min": 1}, "dt_min")])  # fmt: skip
+def test_config_says_what_is_wrong(changes, message):
+    """An impossible configuration is a ValueError that names the field."""
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**changes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data
+
+TEXT = "".join(f"def f_{i}(x):\n    return x + {i * 7919 % 1000}  # é 日本\n\n" for i in range(1500))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text file of about 75 KB; everything is made beside it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder / "text.txt"
+
+
+def test_tokenizers_are_lossless():
+    """decode(encode(s)) == s for random Unicode, with the text of the separator in it; N ids, the separator the last."""
+    rng = random.Random(0)
+    for spec, size in (("byte", 257), ("bpe300", 300)):
+        tokenizer = data.make_tokenizer(spec, [TEXT])
+        assert tokenizer.n_vocab == size and tokenizer.encode_single_token(data.SEPARATOR) == size - 1
+        for _ in range(200):
+            characters = [chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+                          for _ in range(rng.randrange(60))]  # fmt: skip
+            string = "".join(characters) + rng.choice(["", data.SEPARATOR, "    \n\t  x\r\n"])
+            ids = tokenizer.encode_ordinary(string)
+            assert tokenizer.decode(ids) == string and size - 1 not in ids
+
+
+def test_bpe_merges_the_most_frequent_pair():
+    """The learnt tokens, against pairs counted again from scratch after each merge."""
+    found = re.findall(data.PATTERN, TEXT)
+    words = [[bytes([byte]) for byte in word.encode()] for word in found if found.count(word) > 1]  # as it does
+    ranks = data.train_bpe([TEXT], 256 + 30 + 1)
+    for token in sorted((t for t in ranks if len(t) > 1), key=ranks.get):
+        counts = {}
+        for word in words:
+            for pair in map(bytes.__add__, word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        assert counts[token] == max(counts.values())
+        for word in words:
+            for j in range(len(word) - 1, 0, -1):
+                if j < len(word) and word[j - 1] + word[j] == token:
+                    word[j - 1 : j + 1] = [token]
+
+
+def test_corpus_is_cached_and_damage_is_found(text, monkeypatch, capsys):
+    """Prepared once, the same afterwards; a file that is cut or has one flipped bit is refused in a line."""
+    monkeypatch.chdir(text.parent)
+    first = data.load_corpus(str(text), "bpe300")
+    parts = [first.tokenizer.decode(ids.tolist()) for ids in (first.train, first.val)]
+    assert "".join(parts) == TEXT[: len(parts[0]) - len(data.SEPARATOR)] + data.SEPARATOR + parts[1]
+    assert parts[1] == TEXT[-(len(TEXT) - len(TEXT) * 4 // 5) :] + data.SEPARATOR
+    monkeypatch.setattr(data, "train_bpe", None)
+    again = data.load_corpus(str(text), "bpe300")
+    assert (again.train == first.train).all() and again.hash == first.hash
+    path = next(path for path in Path("data").rglob("*-val.bin"))
+    content = path.read_bytes()
+    for damaged in (content[:-2], content[:-1] + bytes([content[-1] ^ 1]), content[:50], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is damaged"):
+            data.load_corpus(str(text), "bpe300")
+    path.write_bytes(content)
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path):
+    """A fifth of the files of a folder, whichever order they come in; of a single file, its end."""
+    documents = {f"{i}.txt": f"text {i}" for i in range(50)}
+    train_texts, val_texts = data.split_documents(documents)
+    assert len(val_texts) == 10 and sorted(train_texts + val_texts) == sorted(documents.values())
+    assert data.split_documents(dict(reversed(documents.items())))[1][::-1] == val_texts
+    assert data.split_documents({"a": "0123456789"}) == (["01234567"], ["89"])
+
+
+def test_batches():
+    """Targets are the next tokens; a step's batch depends on seed and step only; tbtt's streams continue."""
+    tokens = np.arange(1000, dtype=np.uint16)
+    for windows in (data.random_windows, data.next_windows):
+        batch = windows(tokens, 4, 10, 3, 5)
+        assert batch.shape == (4, 11) and ((batch[:, 1:] - batch[:, :-1]) % 1000 == 1).all()
+        assert (batch == windows(tokens, 4, 10, 3, 5)).all() and (batch != windows(tokens, 4, 10, 4, 5)).any()
+    for step in range(200):  # through the end of the text too
+        batch, following = (data.next_windows(tokens, 4, 10, 3, step + i) for i in range(2))
+        assert (batch[:, -1] == following[:, 0]).all()
+    assert len(set(data.next_windows(tokens, 4, 10, 3, 0)[:, 0].tolist())) == 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The initial states
+
+
+def initial_state(mode, **changes):
+    args = {"init_state": mode, "seed": 0, "noise_std": 0.3, "init_prob": 1.0} | changes
+    return train.InitialState(args, torch.device("cpu"))
+
+
+def test_noise_has_the_asked_standard_deviation():
+    """Noise: mean 0, standard deviation noise_std, another one each step; init_prob of the sequences get it."""
+    config = tiny_model().config
+    state = initial_state("noise").draw(config, 64, 0)
+    assert all(conv is None and abs(ssm.std() - 0.3) < 0.01 and abs(ssm.mean()) < 0.01 for conv, ssm in state)
+    assert (initial_state("noise").draw(config, 64, 1)[0][1] != state[0][1]).any()
+    half = initial_state("noise", init_prob=0.5).draw(config, 400, 0)
+    kept = [ssm.abs().amax((1, 2, 3)) > 0 for _, ssm in half]
+    assert 150 < kept[0].sum() < 250 and (kept[0] == kept[1]).all()
+
+
+@pytest.mark.parametrize("mode", ["zero", "prev", "tbtt"])
+def test_carried_states(mode):
+    """prev and tbtt start a step from the previous one's final state, detached; tbtt also from its convolution."""
+    model, init = tiny_model(), initial_state(mode)
+    assert init.draw(model.config, 2, 0) is None
+    _, _, final = model(random_ids(2, 16))
+    init.observe(final)
+    state = init.draw(model.config, 2, 1)
+    if mode == "zero":
+        assert state is None
+    else:
+        for (conv, ssm), (final_conv, final_ssm) in zip(state, final):
+            assert (ssm == final_ssm).all() and not ssm.requires_grad
+            assert conv is None if mode == "prev" else (conv == final_conv).all() and not conv.requires_grad
+
+
+def test_fitted_noise_has_the_moments_of_final_states():
+    """Fitted: for each layer and head the mean and standard deviation of final states from zero."""
+    model, init = tiny_model().float(), initial_state("fitted")
+    with torch.no_grad():
+        final = [model.hidden(random_ids(8, 16, seed=i))[1] for i in range(20)]
+    for i, state in enumerate(final):
+        init.fit(state, 1 / (i + 1))
+    drawn = init.draw(model.config, 500, 0)
+    for layer in range(2):
+        seen = torch.cat([state[layer][1] for state in final]).transpose(0, 1).flatten(1)  # (h, all numbers)
+        made = drawn[layer][1].transpose(0, 1).flatten(1)
+        torch.testing.assert_close(made.std(1), seen.std(1), rtol=0.05, atol=0)
+        assert ((made.mean(1) - seen.mean(1)).abs() < 0.05 * seen.std(1)).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training, resuming
+
+SMALL = ["--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--seq_len=8", "--chunk=8", "--batch_size=4",
+         "--tokenizer=byte", "--device=cpu", "--log_every=2", "--val_every=4"]  # fmt: skip
+
+
+def run_train(text, *flags):
+    """train.py in this process -> its exit code. The folder of `text` is the current one."""
+    try:
+        return train.main([f"--dataset={text}", *SMALL, *flags]) or 0
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture
+def work(text, monkeypatch, tmp_path):
+    """The text, with an empty folder for runs as the current one."""
+    (tmp_path / "data").symlink_to(text.parent / "data")
+    (text.parent / "data").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield text
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def weights(run):
+    return torch.load(f"{run}/ckpt.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("mode", train.INIT_STATES)
+def test_resumed_run_equals_uninterrupted_one(work, mode, monkeypatch):
+    """Killed in step 8, resumed from the checkpoint of step 6: the weights and the log are those of an undisturbed run."""
+    flags = [f"--init_state={mode}", "--init_prob=0.7", "--steps=12", "--save_every=3"]
+    assert run_train(work, *flags, "--out=whole") == 0
+    observe, calls = train.InitialState.observe, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise RuntimeError("power cut")
+        observe(*args)
+
+    monkeypatch.setattr(train.InitialState, "observe", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_train(work, *flags, "--out=cut")
+    monkeypatch.setattr(train.InitialState, "observe", observe)
+    with open("cut/log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # a line cut short
+    assert run_train(work, "--out=cut", "--resume") == 0
+    whole, cut = weights("whole"), weights("cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    steps = [[json.loads(line)["step"] for line in open(f"{run}/log.jsonl")] for run in ("whole", "cut")]
+    assert steps[0] == steps[1] == [2, 4, 6, 8, 10, 12]
+    assert run_train(work, "--out=cut", "--resume") == 0  # finished: says so
+
+
+def test_kill_9_loses_nothing_saved(work):
+    """The same with a real kill -9 of a real process, and Ctrl-C, which saves."""
+    flags = ["--init_state=tbtt", "--steps=300", "--save_every=20", "--val_every=300"]
+    assert run_train(work, *flags, "--out=whole") == 0
+    command = [sys.executable, ROOT / "train.py", f"--dataset={work}", *SMALL, *flags, "--out=cut"]
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = load_run("cut")[1]["step"] if Path("cut/ckpt.pt").exists() else 0
+        while process.poll() is None:
+            time.sleep(0.05)
+            if Path("cut/ckpt.pt").exists() and load_run("cut")[1]["step"] > before:
+                process.send_signal(number)
+                break
+        assert process.wait() == (-9 if number == signal.SIGKILL else 130)
+        command = [*command, "--resume"] if "--resume" not in command else command
+    assert load_run("cut")[1]["step"] < 300
+    assert run_train(work, *flags, "--out=cut", "--resume") == 0
+    whole, cut = weights("whole"), weights("cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_modes_differ_in_the_initial_state_only(work):
+    """One seed: the same first loss for zero, prev and tbtt's start; the same batches for all but tbtt, then other weights."""
+    rows = {}
+    for mode in train.INIT_STATES:
+        assert run_train(work, f"--init_state={mode}", "--steps=2", "--log_every=1") == 0
+        rows[mode] = [json.loads(line)["loss"] for line in open(f"out/{mode}/log.jsonl")]
+    assert rows["zero"][0] == rows["prev"][0]
+    assert len({rows[mode][0] for mode in ("zero", "noise", "fitted")}) == 3
+    assert rows["zero"][1] != rows["prev"][1]
+
+
+def test_fitted_does_not_run_away(work):
+    """200 steps of fitted noise, with heads that forget almost nothing: the noise stays as large as states from zero."""
+    flags = ["--init_state=fitted", "--steps=200", "--A_init_range", "0.0001", "0.01", "--val_every=200", "--lr=1e-4"]
+    assert run_train(work, *flags) == 0
+    model, checkpoint = load_run("out/fitted")
+    with torch.no_grad():
+        tokens = data.load_corpus(str(work), "byte").train
+        _, final = model.hidden(data.random_windows(tokens, 64, 8, 0, 0)[:, :-1])
+    for layer, (_, ssm) in enumerate(final):
+        fitted = checkpoint["init_state"]["square"][layer].sqrt()
+        torch.testing.assert_close(fitted, ssm.square().mean((0, 2, 3)).sqrt(), rtol=0.3, atol=1e-3)
+
+
+def test_post_training_takes_over_the_architecture(work, capsys):
+    """--init_from: the other run's weights, architecture, T and tokenizer, a new optimizer; that run stays as it is."""
+    assert run_train(work, "--init_state=zero", "--steps=4") == 0
+    before = Path("out/zero/ckpt.pt").read_bytes()
+    code = train.main([f"--dataset={work}", "--init_from=out/zero", "--init_state=prev", "--steps=2", "--lr=0"])
+    assert not code and Path("out/zero/ckpt.pt").read_bytes() == before
+    assert all(torch.equal(t, weights("out/zero")[name]) for name, t in weights("out/prev").items())  # lr is 0
+    assert load_run("out/prev")[1]["args"]["seq_len"] == 8
+    assert run_train(work, "--init_from=out/zero", "--out=other", "--seq_len=16") == 2
+    assert "--seq_len=16 contradicts" in capsys.readouterr().err and not Path("other").exists()
+
+
+def test_non_finite_loss_stops_and_keeps_the_checkpoint(work, capsys):
+    """A diverging run ends with a message and exit code 1; its last checkpoint is good."""
+    code = run_train(work, "--init_state=noise", "--noise_std=1e39", "--steps=5")
+    assert code == 1 and "last checkpoint" in capsys.readouterr().err
+    assert load_run("out/noise")[1]["step"] == 0
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--steps=0"], "--steps"), (["--lr=nan"], "--lr"), (["--seq_len=7"], "even"), (["--headdim=5"], "headdim"),
+    (["--dataset=missing.txt"], "no such file"), (["--tokenizer=bpe"], "--tokenizer"), (["--device=cuda:77"], "--device"),
+    (["--init_from=nowhere"], "nowhere"), (["--resume", "--out=nowhere"], "nowhere"), (["--out=full"], "not empty"),
+    (["--seq_len=20000"], "less than two windows"), (["--init_prob=1.5"], "--init_prob"), (["--stepz=5"], "--stepz"),
+    (["--chunk=24"], "chunk"),
+])  # fmt: skip
+def test_bad_input_is_exit_code_2_and_touches_nothing(work, flags, message, capsys):
+    """One clear line, before any work, and no file made or changed."""
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("mine")
+    before = sorted(Path().rglob("*"))
+    assert run_train(work, *flags) == 2
+    assert message in capsys.readouterr().err and sorted(Path().rglob("*")) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The long evaluation
+
+
+def test_evaluation_equals_brute_force(monkeypatch):
+    """Perplexity and excess of each bucket, against one pass and separate windows, whatever the segments are."""
+    model, T, length, half = tiny_model().float(), 8, 101, 4
+    tokens = random_ids(1, 1000)[0].numpy()
+    starts = eval_long.choose_starts(tokens, length, 3, 0)
+    full, restarted = np.zeros((2, 3, 100))
+    for row, start in enumerate(starts):
+        idx = torch.from_numpy(tokens[start : start + length + 1])[None]
+        with torch.no_grad():
+            full[row] = model.per_token_nll(idx[:, :-1], idx[:, 1:])[0][0, :100]
+            for t in range(half, 100):
+                begin = t // half * half - half
+                restarted[row, t] = model.per_token_nll(idx[:, begin : t + 1], idx[:, begin + 1 : t + 2])[0][0, -1]
+    for at_once in (1, 3 * 5 * half, 10**6):
+        monkeypatch.setattr(eval_long, "TOKENS_AT_ONCE", at_once)
+        rows = eval_long.evaluate(model, tokens, starts, length, T)
+        assert [(row["from"], row["to"]) for row in rows] == [(4, 8), (8, 16), (16, 32), (32, 64), (64, 100)]
+        for row in rows:
+            span = slice(row["from"], row["to"])
+            assert abs(row["nll"] - full[:, span].mean()) < 1e-5
+            excess = (full - restarted)[:, span].mean(1)
+            assert abs(row["excess"] - excess.mean()) < 1e-5
+            assert abs(row["excess_se"] - excess.std(ddof=1) / 3**0.5) < 1e-5
+            assert row["tokens"] == 3 * (row["to"] - row["from"])
+        assert abs(rows[0]["excess"]) < 1e-6
+
+
+def test_sequences_do_not_overlap():
+    """The chosen texts are apart, inside the tokens, the same for the same seed; too little text says what would fit."""
+    tokens = np.zeros(1000)
+    for sequences, length in ((4, 249), (3, 100), (None, 62), (None, 999)):
+        starts = eval_long.choose_starts(tokens, length, sequences, 0)
+        assert (np.diff(starts) > length).all() and starts[-1] + length < 1000
+        assert (starts == eval_long.choose_starts(tokens, length, sequences, 0)).all()
+    with pytest.raises(ValueError, match="--max_len=249 would"):
+        eval_long.choose_starts(tokens, 250, 4, 0)
+
+
+def evaluate_runs(*argv):
+    try:
+        return eval_long.main(list(argv)) or 0
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_evaluation_from_end_to_end(work, capsys):
+    """Two runs: a table, results.jsonl, a figure; a second call uses what is known; errors name what to do."""
+    for mode in ("zero", "prev"):
+        assert run_train(work, f"--init_state={mode}", "--steps=2") == 0
+    runs, flags = ["out/zero", "out/prev"], ["--max_len=512", "--sequences=4", "--out=ev", "--device=cpu"]
+    assert evaluate_runs(*runs, *flags) == 0
+    rows = [json.loads(line) for line in open("ev/results.jsonl")]
+    assert [row["to"] for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512] and Path("ev/perplexity.png").exists()
+    out = capsys.readouterr().out
+    assert all(f"{row['perplexity']:.2f}" in out for row in rows)
+    content = Path("ev/results.jsonl").read_bytes()
+    assert evaluate_runs(*runs, *flags) == 0 and Path("ev/results.jsonl").read_bytes() == content
+    assert "already" in capsys.readouterr().out
+    assert evaluate_runs("out/zero", "--max_len=100000", "--out=ev") == 2
+    assert "would" in capsys.readouterr().err
+    assert run_train(work, "--tokenizer=bpe300", "--steps=1", "--out=other") == 0
+    assert evaluate_runs("out/zero", "other", "--max_len=64", "--out=ev") == 2
+    assert "different tokenizers" in capsys.readouterr().err
+    Path("out/zero/ckpt.pt").write_bytes(Path("out/zero/ckpt.pt").read_bytes()[:999])
+    assert evaluate_runs("out/zero", "--max_len=64", "--out=ev") == 2
+    assert "not a whole checkpoint" in capsys.readouterr().err and Path("ev/results.jsonl").read_bytes() == content
+
+
+def test_memory_does_not_grow_with_length(work):
+    """Peak memory of a process that evaluates 16 times the length is within 1.1 times."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    code = ("import resource, sys, numpy, torch; sys.path.insert(0, sys.argv[1]); import eval_long, test_all\n"
+            "tokens = numpy.random.randint(61, size=40000)\n"
+            "eval_long.evaluate(test_all.tiny_model().float(), tokens, numpy.array([0]), int(sys.argv[2]), 32)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
+    peak = {}
+    for length in (2048, 32768):
+        command = [sys.executable, "-c", code.replace("import eval_long,", "import eval_long; eval_long.TOKENS_AT_ONCE = 2048; import"),
+                   str(ROOT), str(length)]  # fmt: skip
+        peak[length] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert resource and peak[32768] < 1.1 * peak[2048], peak
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The words
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval_long.py", "data.py"])
+def test_help_works_anywhere(script, tmp_path):
+    """--help needs no data, no GPU, and makes no file."""
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0 and "--dataset" in result.stdout and not list(tmp_path.iterdir())
+
+
+def test_readme_commands_have_existing_flags():
+    """Each command in the README and the docstrings names flags and values that the scripts accept."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "train.py", "eval_long.py", "data.py")]
+    commands = re.findall(r"python train\.py([^\n`#&|]*)", "\n".join(texts))
+    assert len(commands) > 5
+    for command in commands:
+        train.make_parser().parse_args(re.split(r"\s{3,}|->", command.strip())[0].split())
