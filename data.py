@@ -22,6 +22,7 @@ import re
 import struct
 import sysconfig
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,21 +67,24 @@ def write_whole(path, write):
 # Documents
 
 
+def read_text(path):
+    return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+
+
 def read_files(root, pattern="*"):
     """{relative path: text} of the UTF-8 files below `root`, in order of their path. Others are left out."""
     documents = {}
     for path in sorted(Path(root).rglob(pattern)):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not {"site-packages", "dist-packages"} & set(name.split("/")):
-            try:
-                documents[name] = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-            except (UnicodeDecodeError, PermissionError):
-                pass  # a picture, a test of another encoding, ...
+            with suppress(UnicodeDecodeError, PermissionError):  # a picture, a test of another encoding, ...
+                documents[name] = read_text(path)
     return documents
 
 
 def read_documents(dataset):
     """{name: text} of a dataset: "python", or the path of a text file or of a folder."""
+    path = Path(dataset)
     if dataset == "python":
         documents = read_files(sysconfig.get_paths()["stdlib"], "*.py")
         if sum(map(len, documents.values())) < 5_000_000:
@@ -88,11 +92,11 @@ def read_documents(dataset):
             for package in ("numpy", "sympy"):
                 root = Path(__import__(package).__file__).parent
                 documents |= {f"{package}/{name}": text for name, text in read_files(root, "*.py").items()}
-    elif Path(dataset).is_dir():
-        documents = read_files(dataset)
-    elif Path(dataset).is_file():
+    elif path.is_dir():
+        documents = read_files(path)
+    elif path.is_file():
         try:
-            documents = {Path(dataset).name: Path(dataset).read_bytes().decode("utf-8").replace("\r\n", "\n")}
+            documents = {path.name: read_text(path)}
         except UnicodeDecodeError as error:
             raise ValueError(f"--dataset={dataset} is not UTF-8 text: {error}") from None
     else:
@@ -125,15 +129,16 @@ def train_bpe(texts, vocab_size):
     for text in tqdm(texts, "counting words", unit=" texts", disable=None):
         frequency.update(re.findall(PATTERN, text))
     words = [([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1]
-    counts, found_in = Counter(), defaultdict(dict)  # of each pair, written as one: its frequency, the words it is in
+    counts, found_in = Counter(), defaultdict(set)  # of each pair, written as one: its frequency, the words it is in
 
-    def count(pair, n, i):
-        counts[pair] += n
-        found_in[pair][i] = True
-
-    for i, (word, n) in enumerate(words):
+    def count(i, sign):
+        word, n = words[i]
         for pair in map(bytes.__add__, word, word[1:]):
-            count(pair, n, i)
+            counts[pair] += sign * n
+            found_in[pair].add(i)
+
+    for i in range(len(words)):
+        count(i, 1)
     ranks = {bytes([byte]): byte for byte in range(256)}
     bar = tqdm(total=vocab_size - 1 - 256, desc="learning tokens", unit=" merges", disable=None)
     while len(ranks) < vocab_size - 1:  # one id is the separator's
@@ -143,19 +148,13 @@ def train_bpe(texts, vocab_size):
         bar.update(best not in ranks)
         ranks.setdefault(best, len(ranks))
         for i in found_in.pop(best):
-            word, n = words[i]
-            j = 0
+            word, j = words[i][0], 0
+            count(i, -1)
             while j < len(word) - 1:
                 if word[j] + word[j + 1] == best:
-                    if j > 0:
-                        counts[word[j - 1] + word[j]] -= n
-                        count(word[j - 1] + best, n, i)
-                    if j + 2 < len(word):
-                        counts[word[j + 1] + word[j + 2]] -= n
-                        count(best + word[j + 2], n, i)
                     word[j : j + 2] = [best]
                 j += 1
-        del counts[best]
+            count(i, 1)
     bar.close()
     return ranks
 
@@ -166,9 +165,7 @@ def make_tokenizer(spec, texts):
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            raise ValueError(
-                f"--tokenizer=gpt2 could not be downloaded ({type(error).__name__}): use bpe1024"
-            ) from None
+            raise ValueError(f"--tokenizer=gpt2 cannot be downloaded ({type(error).__name__}): use bpe1024") from None
     size = 257 if spec == "byte" else int(re.fullmatch(r"bpe(\d{1,7})|.*", spec)[1] or 0)
     if size < 257:
         raise ValueError(f"--tokenizer={spec}: should be byte, bpeN with N >= 257 (such as bpe1024), or gpt2")
@@ -205,40 +202,28 @@ MAGIC, VERSION = b"rnntoken", 1
 
 
 def write_tokens(path, tokenizer, texts, key):
-    pieces = []  # of at most about 1 MB, cut at line ends, so that one huge file is encoded in little memory too
-    for text in texts:
-        start = 0
-        while start < len(text):
-            end = text.find("\n", start + 1_000_000) + 1 or len(text)
-            pieces.append((text[start:end], end == len(text)))
-            start = end
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     separator = tokenizer.encode_single_token(SEPARATOR)
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     arrays = []
-    with tqdm(total=sum(map(len, texts)), desc="encoding", unit_scale=True, unit="B", disable=None) as bar:
-        for i in range(0, len(pieces), 64):
-            some = pieces[i : i + 64]
-            for ids, (piece, ends) in zip(tokenizer.encode_ordinary_batch([piece for piece, _ in some]), some):
-                arrays.append(np.array(ids + [separator] * ends, dtype=dtype))
-                bar.update(len(piece))
+    for i in tqdm(range(0, len(texts), 64), "encoding", unit=" x 64 texts", disable=None):
+        for ids in tokenizer.encode_ordinary_batch(texts[i : i + 64]):
+            arrays.append(np.array([*ids, separator], dtype=dtype))
     ids = np.concatenate(arrays)
-    text_bytes = sum(len(text.encode()) for text in texts)
-    digest = hashlib.sha256(ids.data).digest()
-    header = HEADER.pack(MAGIC, VERSION, tokenizer.n_vocab, len(ids), text_bytes, key, digest)
+    header = HEADER.pack(MAGIC, VERSION, tokenizer.n_vocab, len(ids), sum(len(text.encode()) for text in texts), key,
+                         hashlib.sha256(ids.data).digest())  # fmt: skip
     write_whole(path, lambda file: (file.write(header), file.write(ids.data)))
 
 
 def read_tokens(path, tokenizer, key):
     """-> (ids, memory-mapped; bytes of text). ValueError if the file is not, to the last bit, what was written."""
-    magic, version, vocab_size, count, text_bytes, found_key, digest = (0,) * 7
-    if path.stat().st_size >= HEADER.size:
-        with open(path, "rb") as file:
-            magic, version, vocab_size, count, text_bytes, found_key, digest = HEADER.unpack(file.read(HEADER.size))
+    with open(path, "rb") as file:
+        header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
+    magic, version, vocab_size, count, text_bytes, found_key, digest = HEADER.unpack(header)
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    whole = (magic, version, vocab_size, found_key) == (MAGIC, VERSION, tokenizer.n_vocab, key)
-    if whole and path.stat().st_size == HEADER.size + count * dtype.itemsize and count:
+    ours = (magic, version, vocab_size, found_key) == (MAGIC, VERSION, tokenizer.n_vocab, key)
+    if ours and path.stat().st_size == HEADER.size + count * dtype.itemsize:
         ids = np.memmap(path, dtype, mode="r", offset=HEADER.size)
-        if hashlib.sha256(ids.data).digest() == digest and ids.max() < vocab_size:
+        if hashlib.sha256(ids.data).digest() == digest:
             return ids, text_bytes
     raise ValueError(f"{path} is damaged: delete it, it will be made again")
 

@@ -94,7 +94,7 @@ def evaluate(model, tokens, starts, length, T, progress=None):
 
 def print_table(results):
     """results {run: rows}: a line for each bucket, two columns for each run."""
-    width = max(24, *(len(name) + 2 for name in results))
+    width = max(28, *(len(name) + 2 for name in results))
     print(f"\n{'':24}" + "".join(f"{name:>{width}}" for name in results))
     print(f"{'t':>13}{'tokens':>11}" + f"{'perplexity   excess   +-':>{width}}" * len(results))
     counts = {(row["from"], row["to"]): row["tokens"] for rows in results.values() for row in rows}
@@ -117,6 +117,7 @@ def draw(path, results):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for i, (name, rows) in enumerate(results.items()):
@@ -146,8 +147,9 @@ def draw(path, results):
         axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[0].yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axes[0].yaxis.set_minor_formatter(NullFormatter())
     axes[0].legend()
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     pyplot.close(figure)

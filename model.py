@@ -60,6 +60,8 @@ class Mamba2Config:
             raise ValueError(f"headdim {self.headdim} does not divide expand * d_model = {self.d_inner}")
         if self.nheads % self.ngroups:
             raise ValueError(f"ngroups {self.ngroups} does not divide the {self.nheads} heads")
+        if self.chunk & (self.chunk - 1):
+            raise ValueError(f"chunk should be a power of two, not {self.chunk}")
         if self.A_init not in ("uniform", "log"):
             raise ValueError(f"A_init should be uniform or log, not {self.A_init}")
         if len(self.A_init_range) != 2 or not 0 < self.A_init_range[0] <= self.A_init_range[1] < math.inf:
@@ -295,6 +297,7 @@ def choose_device(name):
     """ "auto" (CUDA, Apple's MPS, or the CPU, in this order), "cpu", "cuda:1", ... -> the torch.device, if it works here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    torch.set_flush_denormal(True)  # products of decays get below 1e-38, where a CPU takes many times longer
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -331,7 +331,6 @@ def main(argv=None):
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, the next one just stops
         signal.signal(number, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
-    resume = f"python train.py --out={out} --resume"
     losses, times = [], []
     bar = tqdm(total=args["steps"], initial=step, unit=" steps", disable=None, dynamic_ncols=True)
     bar.write(HEADER)
@@ -360,9 +359,8 @@ def main(argv=None):
         synchronize(device)
         times.append(time.perf_counter() - start)
         bar.update()
-        last = step == args["steps"] or bool(stopped_by)
         validated = step % args["val_every"] == 0 or step == args["steps"]
-        if step % args["log_every"] == 0 or validated or last:
+        if step % args["log_every"] == 0 or validated:
             mean_loss, seconds = sum(losses) / len(losses), statistics.median(times)
             row = {"step": step, "tokens": step * b * T, "loss": mean_loss,
                    "bits_per_byte": mean_loss / math.log(2) / corpus.bytes_per_token,
@@ -376,11 +374,13 @@ def main(argv=None):
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             losses, times = [], []
-        if step % args["save_every"] == 0 or last:
+        # Weights are finite, or the gradient above would not have been; a carried state may have outgrown float32.
+        if step % args["save_every"] == 0 and all(torch.isfinite(ssm).all() for _, ssm in state):
             save(out)
     bar.close()
+    save(out)
     if step < args["steps"]:
-        print(f"stopped after step {step}, saved. Go on with: {resume}")
+        print(f"stopped after step {step}, saved. Go on with: python train.py --out={out} --resume")
         return 128 + stopped_by[0]
     separator = torch.tensor([[corpus.tokenizer.encode_single_token(SEPARATOR)]], device=device)
     sample = model.eval().generate(separator, 256, generator=torch.Generator(device).manual_seed(args["seed"]))
