@@ -37,10 +37,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import SEPARATOR, load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
 from model import Mamba2Config, Mamba2LM, choose_device, load_run
+from scan_kernel import ssd
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 
@@ -48,17 +50,20 @@ INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 PRESETS = {
     "tiny": {"d_model": 128, "n_layer": 2, "d_state": 128, "headdim": 32, "chunk": 32, "tokenizer": "bpe1024",
              "seq_len": 32, "batch_size": 128, "steps": 500, "lr": 3e-3},
+    "mid": {"d_model": 256, "n_layer": 4, "d_state": 128, "headdim": 64, "chunk": 64, "tokenizer": "bpe1024",
+            "seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},
     "small": {"d_model": 512, "n_layer": 10, "d_state": 128, "headdim": 64, "chunk": 64, "tokenizer": "bpe4096",
               "seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},
 }  # fmt: skip
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
-            "backend": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0], "noise_std": 0.1,
+            "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0], "noise_std": 0.1,
             "init_prob": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
 POST_TRAINING = {"steps": 300, "lr": 1e-3, "init_prob": 0.9}  # with --init_from
 MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 
 WARMUP, FINAL_LR = 0.1, 0.1  # shares: of the steps, of the peak; in between a cosine
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+COMPILE_FROM = 2000  # steps: compiling takes as long as some hundred of them on a CPU
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # of "fitted"
 
 
@@ -75,20 +80,21 @@ class InitialState:
         self.noise_std, self.init_prob = args["noise_std"], args["init_prob"]
         self.memory = {name: [t.to(device) for t in tensors] for name, tensors in (memory or {}).items()}
 
-    def draw(self, config, b, step):
+    def draw(self, model, b, step):
+        if self.mode == "zero":
+            return None
+        config = model.config
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)  # the same after a resume
-        conv, ssm = [None] * config.n_layer, self.memory.get("ssm")
+        conv, ssm = zip(*model.zero_state(b))
         if self.mode in ("noise", "fitted"):
-            shape = (config.n_layer, b, config.nheads, config.headdim, config.d_state)
-            ssm = torch.randn(shape, generator=generator, device=self.device)
+            noise = torch.randn(config.n_layer, *ssm[0].shape, generator=generator, device=self.device)
             if self.mode == "noise":
-                ssm = list(self.noise_std * ssm)
+                ssm = list(self.noise_std * noise)
             else:
                 mean, square = (torch.stack(self.memory[name])[:, None, :, None, None] for name in ("mean", "square"))
-                ssm = list(mean + (square - mean**2).clamp(min=0).sqrt() * ssm)  # mean (layer, 1, h, 1, 1)
-        if ssm is None:  # zero; also prev and tbtt in their first step
-            return None
-        conv = self.memory.get("conv", conv)
+                ssm = list(mean + (square - mean**2).clamp(min=0).sqrt() * noise)  # mean (layer, 1, h, 1, 1)
+        ssm = self.memory.get("ssm", ssm)
+        conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * config.n_layer
         if self.init_prob < 1:  # the other sequences start from zero
             kept = torch.rand(b, generator=generator, device=self.device) < self.init_prob
             ssm = [t * kept[:, None, None, None] for t in ssm]
@@ -147,7 +153,7 @@ def make_parser():
     flag(
         group, "init_from", "start from the weights of this run, with its architecture, T and tokenizer", metavar="RUN"
     )
-    flag(group, "preset", "defaults of size and training: tiny for a CPU, small for a GPU", choices=PRESETS)
+    flag(group, "preset", "defaults of size and training: tiny and mid for a CPU, small for a GPU", choices=PRESETS)
     flag(group, "steps", "optimizer steps", type=at_least(1))
     flag(group, "batch_size", "sequences a step", type=at_least(1))
     flag(group, "seq_len", "T, the tokens of a training sequence, an even number", type=at_least(2))
@@ -163,6 +169,9 @@ def make_parser():
         choices=["auto", "float32", "bfloat16"],
     )
     flag(group, "backend", "of the scan; auto: triton on a GPU", choices=["auto", "triton", "torch"])
+    flag(group, "compile", "fuse each layer by torch.compile; auto: on a GPU, or where 2000 steps or more pay for it",
+         choices=["auto", "on", "off"])  # fmt: skip
+    group.add_argument("--bench", action="store_true", help="no training: time a step and its parts, then stop")
     flag(group, "log_every", "steps between two lines of the log", type=at_least(1))
     flag(group, "val_every", "steps between two validations", type=at_least(1))
     flag(group, "save_every", "steps between two checkpoints", type=at_least(1))
@@ -181,6 +190,7 @@ def resolve(given):
     """The flags given -> (all flags, the folder, what to start from: the model and the checkpoint of a run, or None).
     ValueError says which flag is wrong. Nothing is written."""
     out = Path(given.get("out", f"out/{given.get('init_state', DEFAULTS['init_state'])}"))
+    benching = given.pop("bench", False)
     if given.pop("resume", False):
         model, checkpoint = load_run(out)
         if "optimizer" not in checkpoint:
@@ -188,7 +198,11 @@ def resolve(given):
         args, fixed, why = checkpoint["args"], set(checkpoint["args"]) - {"out", "device", "backend"}, "--resume"
     else:
         model, checkpoint = None, None
-        if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
+        if (
+            not benching
+            and out.exists()
+            and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
+        ):
             raise ValueError(f"{out} is not empty: go on with its run by --resume, or name another folder with --out")
         args, fixed, why = DEFAULTS | PRESETS[given.get("preset", DEFAULTS["preset"])], set(), ""
         if "init_from" in given:
@@ -249,6 +263,71 @@ def provenance(corpus):
     return {"corpus_hash": corpus.hash, "versions": versions, "git": commit}
 
 
+def bench(model, args, train_step, optimizer, autocast):
+    """Times a training step, its parts one by one (forward and backward, not compiled), and its floor: the matrix products
+    alone, in bfloat16. All of them in turn, 9 times: other work on the machine then meets all alike."""
+    config, b, T, device = model.config, args["batch_size"], args["seq_len"], model.lm_head.weight.device
+    block, d, inner, L = model.backbone.layers[0], config.d_model, config.d_inner, config.n_layer
+    h, p, g, n, c = config.nheads, config.headdim, config.ngroups, config.d_state, min(config.chunk, T)
+    bf16, dtype = torch.autocast(device.type, torch.bfloat16), getattr(torch, args["dtype"])
+    A = -torch.exp(block.mixer.A_log.detach())
+
+    def part(times, function, *shapes, autocast=autocast):
+        inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        with autocast:
+            gradients = [torch.randn_like(out) for out in function(*inputs)]
+
+        def run():
+            for _ in range(times):
+                with autocast:
+                    outs = function(*inputs)
+                torch.autograd.grad(outs, [*inputs, *model.parameters()], gradients, allow_unused=True)
+
+        return run
+
+    def scan(x, dt, B, C, S):
+        return ssd(x.to(dtype), dt.abs(), A, B.to(dtype), C.to(dtype), S, c, config.backend)
+
+    products = [
+        (1, b * T, d, inner + config.conv_dim + h),
+        (1, b * T, inner, d),  # in_proj, out_proj
+        (b * g * T // c, c, n, c),
+        (b * h * T // c, c, c, p),  # C B^T, its product by x
+        (b * g * T // c, h // g * p, c, n),
+        (b * g * T // c, c, n, h // g * p),
+    ] * L  # B^T x, C S
+    products.append((1, b * T, d, config.vocab_size))  # lm_head
+    floor = [part(1, lambda x, y: [x @ y], (k, i, j), (k, j, l), autocast=bf16) for k, i, j, l in products]
+    runs = {
+        "step": lambda: train_step(0),
+        "floor": lambda: [run() for run in floor],
+        "projections": part(L, lambda u, y: (block.mixer.in_proj(u), block.mixer.out_proj(y)), (b, T, d), (b, T, inner)),
+        "convolution": part(L, lambda xBC: block.mixer.convolve(xBC, None)[:1], (b, T, config.conv_dim)),
+        "scan": part(L, scan, (b, T, h, p), (b, T, h), (b, T, g, n), (b, T, g, n), (b, h, p, n)),
+        "norms": part(L, lambda u, y, z: (block.norm(u), block.mixer.norm(y, z)), (b, T, d), *[(b, T, inner)] * 2),
+        "head": part(1, lambda x: [F.cross_entropy(model.lm_head(x).float(), x.argmax(1))], (b * T, d)),
+        "optimizer": optimizer.step,
+    }  # fmt: skip
+    times = {name: [] for name in runs}
+    for i in tqdm(range(2 + 9), "timing", disable=None):
+        for name, run in runs.items():
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    ratios = sorted(step / floor for step, floor in zip(times["step"], times["floor"]))
+    for name, seconds in median.items():
+        print(f"{name:12}{1000 * seconds:9.1f} ms {seconds / median['step']:7.0%} of the step")
+    print(json.dumps({"preset": args["preset"], "compile": args["compile"], "dtype": args["dtype"], "device": str(device),
+                      "threads": torch.get_num_threads(), "tokens_per_s": round(b * T / median["step"]),
+                      "floor_ratio": round(statistics.median(ratios), 2),
+                      "floor_ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
+                      "ms": {name: round(1000 * seconds, 2) for name, seconds in median.items()}}))  # fmt: skip
+
+
 COLUMNS = {"step": "7,d", "loss": "8.4f", "bits_per_byte": "7.3f", "lr": "9.1e", "grad_norm": "7.2f", "state_std": "7.3f",
            "ms_per_step": "8.1f", "tokens_per_s": "10,.0f", "val_loss": "8.4f", "carried_loss": "8.4f"}  # fmt: skip
 HEADER = "   step    loss  b/byte       lr   grad  state  ms/step     tok/s     val  val 64T"
@@ -258,13 +337,15 @@ def main(argv=None):
     parser = make_parser()
     try:
         given = vars(parser.parse_args(argv))
-        resuming = "resume" in given
+        resuming, benching = "resume" in given, "bench" in given
         args, out, model, checkpoint = resolve(given)
         if resuming and checkpoint["step"] >= args["steps"]:
             return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
         device = choose_device(args["device"])
         if args["dtype"] == "auto":
             args["dtype"] = choose_dtype(device)
+        if args["compile"] == "auto":
+            args["compile"] = "on" if device.type == "cuda" or args["steps"] >= COMPILE_FROM else "off"
         run = out if resuming else args["init_from"]
         corpus = load_corpus(args["dataset"], load_tokenizer(run) if run else args["tokenizer"])
         if resuming and corpus.hash != checkpoint["corpus_hash"]:
@@ -298,8 +379,22 @@ def main(argv=None):
         batch = windows(corpus.train, b, T, args["seed"], step).to(device)
         return batch[:, :-1], batch[:, 1:]
 
+    def train_step(step):
+        idx, targets = batch_of(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with autocast:
+            _, loss, state = model(idx, targets, init.draw(model, b, step))
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        if torch.isfinite(grad_norm):
+            optimizer.step()
+            init.observe(state)
+        return loss.item(), grad_norm.item(), state
+
     def fit(step, rate):
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast, eager():
             init.fit(model.hidden(batch_of(step)[0])[1], rate)
 
     def save(folder):
@@ -312,13 +407,28 @@ def main(argv=None):
     if resuming:
         step = checkpoint["step"]
         optimizer.load_state_dict(checkpoint["optimizer"])
+    elif args["init_state"] == "fitted":
+        for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
+            fit(args["steps"] + i, 1 / (i + 1))  # batches that training will not use; the plain mean of all
+    if args["compile"] == "on":
+        start = time.perf_counter()
+        for block in model.backbone.layers:  # the blocks only: with the embedding, two threads gave two results
+            block.compile(dynamic=False)
+        try:
+            with autocast:
+                model(*batch_of(step), init.draw(model, b, step))[1].backward()
+            print(f"compiled  in {time.perf_counter() - start:.0f} s")
+        except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
+            eager()
+            args["compile"] = "off"
+            print(f"compiled  not: on a CPU that needs a C++ compiler ({type(error).__name__}). Going on without")
+    if benching:
+        return bench(model, args, train_step, optimizer, autocast)
+    if resuming:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_whole(log, lambda file: file.write("".join(lines).encode()))
     else:
-        if args["init_state"] == "fitted":
-            for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
-                fit(args["steps"] + i, 1 / (i + 1))  # batches that training will not use; the plain mean of all
         made = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole: a run folder can always be resumed
         save(made)
         facts = json.dumps({"argv": sys.argv, "args": args, **provenance(corpus)}, indent=2)
@@ -337,25 +447,16 @@ def main(argv=None):
     while step < args["steps"] and not stopped_by:
         synchronize(device)
         start = time.perf_counter()
-        idx, targets = batch_of(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        with autocast:
-            _, loss, state = model(idx, targets, init.draw(config, b, step))
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        if not torch.isfinite(grad_norm):
+        loss, grad_norm, state = train_step(step)
+        if not math.isfinite(grad_norm):
             bar.close()
-            print(f"stopped: loss {loss.item()}, gradient norm {grad_norm.item()} in step {step}. {out}/ckpt.pt is the "
-                  "last checkpoint before it; a lower --lr may help", file=sys.stderr)  # fmt: skip
+            print(f"stopped: loss {loss}, gradient norm {grad_norm} in step {step}. {out}/ckpt.pt is the last checkpoint "
+                  "before it; a lower --lr may help", file=sys.stderr)  # fmt: skip
             return 1
-        optimizer.step()
-        init.observe(state)
         if args["init_state"] == "fitted" and step % REFIT_EVERY == 0:
             fit(step, REFIT_RATE)
         step += 1
-        losses.append(loss.item())
+        losses.append(loss)
         synchronize(device)
         times.append(time.perf_counter() - start)
         bar.update()
@@ -364,11 +465,11 @@ def main(argv=None):
             mean_loss, seconds = sum(losses) / len(losses), statistics.median(times)
             row = {"step": step, "tokens": step * b * T, "loss": mean_loss,
                    "bits_per_byte": mean_loss / math.log(2) / corpus.bytes_per_token,
-                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm.item(),
+                   "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
                    "state_std": torch.stack([ssm.std() for _, ssm in state]).mean().item(),
                    "ms_per_step": 1000 * seconds, "tokens_per_s": b * T / seconds}  # fmt: skip
             if validated:
-                with autocast:
+                with autocast, eager():
                     row["val_loss"], row["carried_loss"] = validate(model, corpus.val, T, device)
             bar.write("".join(f"{row[name]:{width}}" for name, width in COLUMNS.items() if name in row))
             with open(log, "a", encoding="utf-8") as file:
@@ -388,6 +489,11 @@ def main(argv=None):
     print(f"held-out perplexity {math.exp(row['val_loss']):.2f} in windows of {T} tokens, "
           f"{math.exp(row['carried_loss']):.2f} with the state carried over {32 * T} to {64 * T} tokens")  # fmt: skip
     print(f"how it fares further on: python eval_long.py {out}")
+
+
+def eager():
+    """A context in which nothing runs compiled: for what comes in other shapes than training, and would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def synchronize(device):
