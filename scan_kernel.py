@@ -17,7 +17,24 @@ Dimensions, the same letters in every file:
     g group of B, C · r head within its group (h = g r) · n state dim · d model width
 """
 
+from __future__ import annotations
+
+import os
+from typing import Optional
+
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # Windows, macOS: torch alone
+
+    def jit(kernel):
+        return None
+
+    triton = None
 
 
 def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
@@ -163,7 +180,353 @@ def ssd_chunked(x, dt, A, B, C, init_state=None, chunk=64):
     return y.flatten(2, 3), S.flatten(1, 2)
 
 
-BACKENDS = {"torch": ssd_chunked}
+# ----------------------------------------------------------------------------------------------------------------------
+# The chunked scan on a GPU, in Triton: the four steps and their gradients as above, cut into four kernels.
+#
+#     walk     steps 3 and 4: a program carries one tile of one head's state along the chunks, in registers, and leaves
+#              the state that each chunk starts from in memory. Its first load is init_state, its last store final_state.
+#     output   steps 1 and 2: every chunk knows its state now, so all chunks, heads and tiles of p run in parallel.
+#     walk     once more, backward: S' = (exp(cs) y')^T C + exp(cs_last) S_new' is step 3 and 4 with y' for x, C for B and
+#              time reversed. It starts from final_state', leaves every chunk's S_new', and ends with init_state'.
+#     inputs'  x', dt', A' and all of a', in parallel over chunks, heads and tiles of p.
+#     group'   B' and C': a program adds up the heads of its group, in a fixed order, so that two runs give the same bits.
+#
+# Two launches forward, three backward. C B^T and L are made again wherever they are needed and never stored; the states
+# between the chunks are kept from the forward pass (twice the bytes of x at n = 128, chunk = 64): making them again
+# would be a fourth launch. They are kept in x's dtype, in which the matrix products read them; what is carried from
+# chunk to chunk stays fp32, like every sum. (One kernel for all gradients would save loads, but spills registers.)
+#
+# Tiles are named by capitals in their tags: Q places in a chunk, P and N tiles of p and n. Sizes known at compile time are
+# capitals as well. Places past the end of the sequence load as zeros: with dt = 0 they neither decay nor write.
+# Program ids become 64-bit before they meet a stride, so offsets past 2^31 elements do not wrap around.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _rows(ptr, stride, offs_l, offs_d, l):
+    """The tile of a matrix in memory at rows offs_l and columns offs_d, its rows `stride` apart; 0 past the end."""
+    return tl.load(ptr + offs_l[:, None] * stride + offs_d[None, :], mask=offs_l[:, None] < l, other=0.0)
+
+
+@jit
+def _exp0(exponent):
+    return tl.exp(tl.minimum(exponent, 0.0))  # decays only: see _decays_and_scores
+
+
+@jit
+def _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H: tl.constexpr):
+    """dt, cs and cs_last of one head in one chunk."""
+    dt = tl.load(dt_ptr + (pid_b * l + offs_l) * H + pid_h, mask=offs_l < l, other=0.0)  # [Q]
+    a = dt * tl.load(A_ptr + pid_h)
+    return dt, tl.cumsum(a, 0), tl.sum(a, 0)
+
+
+@jit
+def _lower(cs, Q: tl.constexpr):
+    """L: exp(cs_q - cs_s) for s <= q, else 0."""
+    offs_q = tl.arange(0, Q)
+    return tl.where(offs_q[:, None] >= offs_q[None, :], _exp0(cs[:, None] - cs[None, :]), 0.0)  # [Q, Q]
+
+
+@jit
+def _tile_ids(H: tl.constexpr, Q: tl.constexpr, P: tl.constexpr):
+    """Which chunk, head, batch row and tile of p is this program's? Heads are next to each other in the order of
+    launch, so that those of one group find its B and C in the cache."""
+    pid = tl.program_id(0).to(tl.int64)
+    pid_c, pid_h = pid // H, pid % H
+    offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
+    offs_p = tl.program_id(1) * P + tl.arange(0, P)  # [P]
+    return pid_c, pid_h, tl.program_id(2).to(tl.int64), offs_l, offs_p
+
+
+@jit
+def _walk_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr,  # backward: y' for x, C for B; first: None = zeros
+    l, chunks, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
+    REVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # which tile of which state
+    pid_h, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    offs_p = tl.program_id(0) // (N_ALL // N) * P + tl.arange(0, P)  # [P]
+    offs_n = tl.program_id(0) % (N_ALL // N) * N + tl.arange(0, N)  # [N]
+    offs_s = offs_p[:, None] * N_ALL + offs_n[None, :]  # [P, N]
+    x_ptr += pid_b * stride_x_b + pid_h * P_ALL
+    B_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
+    S = tl.zeros((P, N), tl.float32)  # [P, N]
+    if first_ptr is not None:
+        S += tl.load(first_ptr + (pid_b * H + pid_h) * P_ALL * N_ALL + offs_s)
+    # from chunk to chunk
+    pid_c = pid_b * 0 + (chunks - 1 if REVERSE else 0)
+    for _ in range(chunks):
+        tl.store(states_ptr + ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL + offs_s, S)
+        offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
+        dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
+        weight = _exp0(cs) if REVERSE else _exp0(cs_last - cs) * dt  # [Q]
+        x = _rows(x_ptr, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+        B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+        x = (x * weight[:, None]).to(x.dtype)
+        S = tl.dot(tl.trans(x), B, S * _exp0(cs_last), input_precision=PRECISION)  # 3, 4
+        pid_c += -1 if REVERSE else 1
+    tl.store(last_ptr + (pid_b * H + pid_h) * P_ALL * N_ALL + offs_s, S)
+
+
+@jit
+def _output_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, y_ptr,
+    l, chunks, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
+    H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # which tile of y
+    pid_c, pid_h, pid_b, offs_l, offs_p = _tile_ids(H, Q, P)
+    B_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
+    C_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
+    states_ptr += ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL
+    # what meets over n: C B^T and C S^T
+    CB = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
+    y = tl.zeros((Q, P), tl.float32)  # [Q, P]
+    for n in range(0, N_ALL, N):
+        offs_n = n + tl.arange(0, N)  # [N]
+        B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+        C = _rows(C_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+        S = tl.load(states_ptr + offs_p[:, None] * N_ALL + offs_n[None, :])  # [P, N]
+        CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
+        y = tl.dot(C, tl.trans(S), y, input_precision=PRECISION)
+    # y = exp(cs) C S^T + W u; dt goes into W, so that x enters the product as it is
+    dt, cs, _ = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
+    x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+    W = (CB * _lower(cs, Q) * dt[None, :]).to(x.dtype)  # [Q, Q]
+    y = tl.dot(W, x, y * _exp0(cs)[:, None], input_precision=PRECISION)  # 1, 2
+    y_ptrs = y_ptr + ((pid_b * l + offs_l) * H + pid_h)[:, None] * P_ALL + offs_p[None, :]
+    tl.store(y_ptrs, y, mask=offs_l[:, None] < l)
+
+
+@jit
+def _inputs_grad_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dx_ptr, ddt_ptr, dA_ptr,
+    l, chunks, batch, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
+    H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # which tile of x'
+    pid_c, pid_h, pid_b, offs_l, offs_p = _tile_ids(H, Q, P)
+    B_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
+    C_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
+    offs_state = ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL
+    # what meets over n: C B^T, C S^T, B S_new'^T and <S_new', S>
+    CB = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
+    y_past = tl.zeros((Q, P), tl.float32)  # [Q, P]
+    du = tl.zeros((Q, P), tl.float32)  # [Q, P]
+    carried = tl.zeros((P,), tl.float32)  # [P]
+    for n in range(0, N_ALL, N):
+        offs_n = n + tl.arange(0, N)  # [N]
+        B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+        C = _rows(C_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+        offs_s = offs_state + offs_p[:, None] * N_ALL + offs_n[None, :]  # [P, N]
+        S = tl.load(states_ptr + offs_s)  # [P, N]
+        dS = tl.load(dstates_ptr + offs_s)  # [P, N]
+        CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
+        y_past = tl.dot(C, tl.trans(S), y_past, input_precision=PRECISION)
+        du = tl.dot(B, tl.trans(dS), du, input_precision=PRECISION)
+        carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    # u' = W^T y' + exp(cs_last - cs) B S_new'^T, and the four sums of a', in the order of the derivation
+    dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
+    offs_out = (pid_b * l + offs_l) * H + pid_h  # [Q]
+    x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+    dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
+    W = CB * _lower(cs, Q)  # [Q, Q]
+    du *= _exp0(cs_last - cs)[:, None]
+    paths = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * W  # W' o W [Q, Q]
+    read = tl.sum(dy * y_past, 1) * _exp0(cs)  # [Q]
+    written = tl.sum(x * du, 1) * dt  # [Q]
+    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read, 0, reverse=True)  # [Q]
+    da += tl.cumsum(written, 0) - written + _exp0(cs_last) * tl.sum(carried, 0)
+    du = tl.dot(tl.trans(W.to(x.dtype)), dy, du, input_precision=PRECISION)
+    tl.store(dx_ptr + offs_out[:, None] * P_ALL + offs_p[None, :], du * dt[:, None], mask=offs_l[:, None] < l)
+    # each tile of p adds its part to dt' and A': torch adds up the parts
+    ddt = tl.sum(x * du, 1) + tl.load(A_ptr + pid_h) * da  # [Q]
+    tl.store(ddt_ptr + tl.program_id(1) * batch * l * H + offs_out, ddt, mask=offs_l < l)
+    part = (tl.program_id(1) * batch + pid_b) * chunks + pid_c
+    tl.store(dA_ptr + part * H + pid_h, tl.sum(dt * da, 0))
+
+
+@jit
+def _group_grad_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dB_ptr, dC_ptr,
+    l, chunks, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
+    H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # which tile of B' and C'
+    pid = tl.program_id(0).to(tl.int64)
+    pid_c, pid_g, pid_b = pid // G, pid % G, tl.program_id(2).to(tl.int64)
+    offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
+    offs_n = tl.program_id(1) * N + tl.arange(0, N)  # [N]
+    # sums over the heads of the group, and over the tiles of p
+    E = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
+    dB = tl.zeros((Q, N), tl.float32)  # [Q, N]
+    dC = tl.zeros((Q, N), tl.float32)  # [Q, N]
+    for i in range(H // G * (P_ALL // P)):
+        pid_h = pid_g * (H // G) + i // (P_ALL // P)
+        offs_p = i % (P_ALL // P) * P + tl.arange(0, P)  # [P]
+        dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
+        x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+        dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
+        E += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * _lower(cs, Q)
+        offs_s = ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL + offs_p[:, None] * N_ALL + offs_n[None, :]
+        S = tl.load(states_ptr + offs_s)  # [P, N]
+        dS = tl.load(dstates_ptr + offs_s)  # [P, N]
+        dy = (dy * _exp0(cs)[:, None]).to(dy.dtype)
+        x = (x * (_exp0(cs_last - cs) * dt)[:, None]).to(x.dtype)
+        dC = tl.dot(dy, S, dC, input_precision=PRECISION)
+        dB = tl.dot(x, dS, dB, input_precision=PRECISION)
+    # within the chunk: one product for the whole group
+    B = _rows(B_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+    C = _rows(C_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+    dC = tl.dot(E.to(B.dtype), B, dC, input_precision=PRECISION)
+    dB = tl.dot(tl.trans(E.to(B.dtype)), C, dB, input_precision=PRECISION)
+    offs_out = ((pid_b * l + offs_l) * G + pid_g)[:, None] * N_ALL + offs_n[None, :]  # [Q, N]
+    tl.store(dB_ptr + offs_out, dB, mask=offs_l[:, None] < l)
+    tl.store(dC_ptr + offs_out, dC, mask=offs_l[:, None] < l)
+
+
+# Launch settings, by kernel and bytes of an element of x: largest tile of p, largest tile of n, warps, pipeline stages.
+# Chosen from results/kernel_report.py --compile; --sweep times others. SSD_SETTINGS="walk=32,64,4,2 output=..." overrides.
+SETTINGS = {
+    ("walk", 2): (32, 64, 4, 2), ("walk", 4): (32, 32, 4, 2),
+    ("output", 2): (64, 64, 4, 2), ("output", 4): (32, 32, 4, 1),
+    ("inputs_grad", 2): (64, 64, 8, 1), ("inputs_grad", 4): (32, 32, 8, 1),
+    ("group_grad", 2): (64, 64, 8, 1), ("group_grad", 4): (32, 32, 8, 1),
+}  # fmt: skip
+
+
+def _setting(name, x, B):
+    override = dict(item.split("=") for item in os.environ.get("SSD_SETTINGS", "").split())
+    block_p, block_n, warps, stages = map(
+        int, override[name].split(",") if name in override else SETTINGS[name, x.element_size()]
+    )
+    return min(block_p, x.shape[3]), min(block_n, B.shape[3]), warps, stages
+
+
+def _launch(name, kernel, grid, args, x, B, chunk, **flags):
+    """Runs `kernel` on the grid that `grid` makes of the number of tiles of p and of n."""
+    block_p, block_n, warps, stages = _setting(name, x, B)
+    (h, p), (g, n) = x.shape[2:], B.shape[2:]
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32  # only fp32 products could use it
+    with torch.cuda.device_of(x):
+        kernel[grid(p // block_p, n // block_n)](
+            *args, **flags, H=h, G=g, P_ALL=p, N_ALL=n, Q=chunk, P=block_p, N=block_n,
+            PRECISION="tf32" if tf32 else "ieee", num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def _packed(*tensors):
+    """The same numbers, all with one set of strides, the last two dimensions without gaps."""
+    strides = tensors[0].stride()
+    fits = strides[2:] == (tensors[0].shape[3], 1) and all(t.stride() == strides for t in tensors)
+    return tensors if fits else tuple(t.contiguous() for t in tensors)
+
+
+def _walk(x, dt, A, B, first, chunk, reverse):
+    """The state before each chunk (b, c, h, p, n) and the last one; `reverse`: the gradient after each chunk."""
+    b, l, h, p = x.shape
+    chunks, n = triton.cdiv(l, chunk), B.shape[3]
+    states, last = x.new_empty(b, chunks, h, p, n), dt.new_empty(b, h, p, n)
+    args = (x, dt, A, B, states, first, last, l, chunks, *x.stride()[:2], *B.stride()[:2])
+    _launch("walk", _walk_kernel, lambda tp, tn: (tp * tn, h, b), args, x, B, chunk, REVERSE=reverse)
+    return states, last
+
+
+@torch.library.custom_op("ssd::forward", mutates_args=())
+def _forward(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+    init_state: Optional[torch.Tensor], chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """y, final_state, and the state before each chunk."""
+    (b, l, h, _), dt, (x,), (B, C) = x.shape, dt.contiguous(), _packed(x), _packed(B, C)
+    init_state = None if init_state is None else init_state.contiguous()
+    states, final_state = _walk(x, dt, A, B, init_state, chunk, reverse=False)
+    y, chunks = x.new_empty(x.shape), states.shape[1]
+    args = (x, dt, A, B, C, states, y, l, chunks, *x.stride()[:2], *B.stride()[:2])
+    _launch("output", _output_kernel, lambda tp, tn: (chunks * h, tp, b), args, x, B, chunk)
+    return y, final_state, states
+
+@_forward.register_fake
+def _(x, dt, A, B, C, init_state, chunk):
+    (b, l, h, p), n = x.shape, B.shape[3]
+    return x.new_empty(b, l, h, p), dt.new_empty(b, h, p, n), x.new_empty(b, -(-l // chunk), h, p, n)
+
+
+@torch.library.custom_op("ssd::backward", mutates_args=())
+def _backward(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor,
+    dy: Optional[torch.Tensor], dfinal_state: Optional[torch.Tensor], chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The gradients of x, dt, A, B, C and init_state."""
+    dy = torch.zeros_like(x) if dy is None else dy
+    dt, dy, (x,), (B, C) = dt.contiguous(), dy.contiguous(), _packed(x), _packed(B, C)
+    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
+    (b, l, h, _), g, chunks = x.shape, B.shape[2], states.shape[1]
+    dstates, dinit_state = _walk(dy, dt, A, C, dfinal_state, chunk, reverse=True)
+    inputs = (x, dt, A, B, C, states, dstates, dy)
+    sizes = (l, chunks, *x.stride()[:2], *B.stride()[:2])
+    dx, dB, dC = (t.new_empty(t.shape) for t in (x, B, C))
+    parts = x.shape[3] // _setting("inputs_grad", x, B)[0]  # tiles of p
+    ddt, dA = dt.new_empty(parts, b, l, h), dt.new_empty(parts, b, chunks, h)
+    _launch("inputs_grad", _inputs_grad_kernel, lambda tp, tn: (chunks * h, tp, b), (*inputs, dx, ddt, dA, l, chunks, b, *sizes[2:]),
+            x, B, chunk)  # fmt: skip
+    _launch("group_grad", _group_grad_kernel, lambda tp, tn: (chunks * g, tn, b), (*inputs, dB, dC, *sizes),
+            x, B, chunk)  # fmt: skip
+    return dx, ddt.sum(0), dA.sum((0, 1, 2)), dB, dC, dinit_state
+
+
+@_backward.register_fake
+def _(x, dt, A, B, C, states, dy, dfinal_state, chunk):
+    b, _, h, p, n = states.shape
+    return *(t.new_empty(t.shape) for t in (x, dt, A, B, C)), dt.new_empty(b, h, p, n)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.has_init, ctx.chunk = inputs[5] is not None, inputs[6]
+    ctx.set_materialize_grads(False)
+
+
+def _backprop(ctx, dy, dfinal_state, _):
+    *grads, dinit_state = _backward(*ctx.saved_tensors, dy, dfinal_state, ctx.chunk)
+    return *grads, dinit_state if ctx.has_init else None, None
+
+
+_forward.register_autograd(_backprop, setup_context=_save)
+
+
+def ssd_triton(x, dt, A, B, C, init_state=None, chunk=64):
+    """The chunked scan in Triton. Arguments and results of `ssd`; `triton_needs` says what it can take."""
+    chunk = min(max(chunk, 16), 128)
+    y, final_state, _ = _forward(x, dt.float(), A.float(), B, C, init_state, chunk)
+    return y, final_state
+
+
+def triton_needs(x, B):
+    """What keeps the kernels from these arguments, as (argument, what it should be, what it is); None if nothing."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if triton is None:
+        return "backend", "'torch' where triton is not installed", "'triton'"
+    if not (x.is_cuda or interpreted and x.device.type == "cpu"):
+        return "backend", "'torch' without a GPU (or TRITON_INTERPRET=1)", f"'triton' for a tensor on {x.device}"
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "backend", "'torch' on a GPU older than compute capability 8.0", "'triton'"
+    if x.element_size() > 4:
+        return "x", "float32, bfloat16 or float16 for backend 'triton'", x.dtype
+    if x.shape[3] not in (16, 32, 64, 128):
+        return "p of x", "16, 32, 64 or 128 for backend 'triton'", x.shape[3]
+    if B.shape[3] not in (16, 32, 64, 128, 256):
+        return "n of B, C", "16, 32, 64, 128 or 256 for backend 'triton'", B.shape[3]
+    return None
+
+
+BACKENDS = {"triton": ssd_triton, "torch": ssd_chunked}
 
 
 def ssd(x, dt, A, B, C, init_state=None, chunk=64, backend=None):
@@ -203,6 +566,9 @@ def ssd(x, dt, A, B, C, init_state=None, chunk=64, backend=None):
         check_shape("init_state", init_state, b, h, p, B.shape[3])
         check(init_state.dtype == wide, "init_state", wide, init_state.dtype)
     check(chunk > 0 and chunk & (chunk - 1) == 0, "chunk", "a power of two", chunk)
-    backend = backend or "torch"
+    needs = triton_needs(x, B)
+    backend = backend or ("triton" if x.is_cuda and needs is None else "torch")
     check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
+    if backend == "triton" and needs:
+        check(False, *needs)
     return BACKENDS[backend](x, dt, A, B, C, init_state, chunk)
