@@ -316,9 +316,10 @@ def _inputs_grad_kernel(
     offs_state = ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL
     # what meets over n: C B^T, C S^T, B S_new'^T and <S_new', S>
     CB = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
-    y_past = tl.zeros((Q, P), tl.float32)  # [Q, P]
     du = tl.zeros((Q, P), tl.float32)  # [Q, P]
     carried = tl.zeros((P,), tl.float32)  # [P]
+    read = tl.zeros((Q,), tl.float32)  # [Q]
+    dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
     for n in range(0, N_ALL, N):
         offs_n = n + tl.arange(0, N)  # [N]
         B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
@@ -327,18 +328,17 @@ def _inputs_grad_kernel(
         S = tl.load(states_ptr + offs_s)  # [P, N]
         dS = tl.load(dstates_ptr + offs_s)  # [P, N]
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
-        y_past = tl.dot(C, tl.trans(S), y_past, input_precision=PRECISION)
+        read += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)
         du = tl.dot(B, tl.trans(dS), du, input_precision=PRECISION)
         carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     # u' = W^T y' + exp(cs_last - cs) B S_new'^T, and the four sums of a', in the order of the derivation
     dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
     offs_out = (pid_b * l + offs_l) * H + pid_h  # [Q]
     x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
-    dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
     W = CB * _lower(cs, Q)  # [Q, Q]
     du *= _exp0(cs_last - cs)[:, None]
     paths = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * W  # W' o W [Q, Q]
-    read = tl.sum(dy * y_past, 1) * _exp0(cs)  # [Q]
+    read *= _exp0(cs)  # [Q]
     written = tl.sum(x * du, 1) * dt  # [Q]
     da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + _exp0(cs_last) * tl.sum(carried, 0)
@@ -363,10 +363,8 @@ def _group_grad_kernel(
     pid_c, pid_g, pid_b = pid // G, pid % G, tl.program_id(2).to(tl.int64)
     offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
     offs_n = tl.program_id(1) * N + tl.arange(0, N)  # [N]
-    # sums over the heads of the group, and over the tiles of p
+    # within the chunk: E summed over the heads of the group and the tiles of p, then one product for all of them
     E = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
-    dB = tl.zeros((Q, N), tl.float32)  # [Q, N]
-    dC = tl.zeros((Q, N), tl.float32)  # [Q, N]
     for i in range(H // G * (P_ALL // P)):
         pid_h = pid_g * (H // G) + i // (P_ALL // P)
         offs_p = i % (P_ALL // P) * P + tl.arange(0, P)  # [P]
@@ -374,6 +372,17 @@ def _group_grad_kernel(
         x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
         dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
         E += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * _lower(cs, Q)
+    B = _rows(B_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+    C = _rows(C_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+    dC = tl.dot(E.to(B.dtype), B, input_precision=PRECISION)  # [Q, N]
+    dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)  # [Q, N]
+    # from and to the states, head by head
+    for i in range(H // G * (P_ALL // P)):
+        pid_h = pid_g * (H // G) + i // (P_ALL // P)
+        offs_p = i % (P_ALL // P) * P + tl.arange(0, P)  # [P]
+        dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
+        x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+        dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
         offs_s = ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL + offs_p[:, None] * N_ALL + offs_n[None, :]
         S = tl.load(states_ptr + offs_s)  # [P, N]
         dS = tl.load(dstates_ptr + offs_s)  # [P, N]
@@ -381,11 +390,6 @@ def _group_grad_kernel(
         x = (x * (_exp0(cs_last - cs) * dt)[:, None]).to(x.dtype)
         dC = tl.dot(dy, S, dC, input_precision=PRECISION)
         dB = tl.dot(x, dS, dB, input_precision=PRECISION)
-    # within the chunk: one product for the whole group
-    B = _rows(B_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-    C = _rows(C_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-    dC = tl.dot(E.to(B.dtype), B, dC, input_precision=PRECISION)
-    dB = tl.dot(tl.trans(E.to(B.dtype)), C, dB, input_precision=PRECISION)
     offs_out = ((pid_b * l + offs_l) * G + pid_g)[:, None] * N_ALL + offs_n[None, :]  # [Q, N]
     tl.store(dB_ptr + offs_out, dB, mask=offs_l[:, None] < l)
     tl.store(dC_ptr + offs_out, dC, mask=offs_l[:, None] < l)
@@ -394,9 +398,9 @@ def _group_grad_kernel(
 # Launch settings, by kernel and bytes of an element of x: largest tile of p, largest tile of n, warps, pipeline stages.
 # Chosen from results/kernel_report.py --compile; --sweep times others. SSD_SETTINGS="walk=32,64,4,2 output=..." overrides.
 SETTINGS = {
-    ("walk", 2): (32, 64, 4, 2), ("walk", 4): (32, 32, 4, 2),
+    ("walk", 2): (32, 64, 4, 2), ("walk", 4): (32, 32, 4, 1),
     ("output", 2): (64, 64, 4, 2), ("output", 4): (32, 32, 4, 1),
-    ("inputs_grad", 2): (64, 64, 8, 1), ("inputs_grad", 4): (32, 32, 8, 1),
+    ("inputs_grad", 2): (64, 32, 8, 1), ("inputs_grad", 4): (32, 32, 8, 1),
     ("group_grad", 2): (64, 64, 8, 1), ("group_grad", 4): (32, 32, 8, 1),
 }  # fmt: skip
 
