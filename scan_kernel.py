@@ -19,22 +19,18 @@ Dimensions, the same letters in every file:
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Optional
+import sys
 
 import torch
 
 try:
     import triton
     import triton.language as tl
-
-    jit = triton.jit
 except ImportError:  # Windows, macOS: torch alone
-
-    def jit(kernel):
-        return None
-
     triton = None
+jit = triton.jit if triton else lambda kernel: None
 
 
 def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
@@ -181,353 +177,310 @@ def ssd_chunked(x, dt, A, B, C, init_state=None, chunk=64):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The chunked scan on a GPU, in Triton: the four steps and their gradients as above, cut into four kernels.
+# The chunked scan on a GPU, in Triton: the four steps and their gradients, cut into four kernels and five launches.
 #
-#     walk     steps 3 and 4: a program carries one tile of one head's state along the chunks, in registers, and leaves
-#              the state that each chunk starts from in memory. Its first load is init_state, its last store final_state.
-#     output   steps 1 and 2: every chunk knows its state now, so all chunks, heads and tiles of p run in parallel.
-#     walk     once more, backward: S' = (exp(cs) y')^T C + exp(cs_last) S_new' is step 3 and 4 with y' for x, C for B and
-#              time reversed. It starts from final_state', leaves every chunk's S_new', and ends with init_state'.
-#     inputs'  x', dt', A' and all of a', in parallel over chunks, heads and tiles of p.
-#     group'   B' and C': a program adds up the heads of its group, in a fixed order, so that two runs give the same bits.
+#     walk          steps 3 and 4. A program carries a tile of one head's state from chunk to chunk, in registers; its
+#                   first load is init_state, its last store final_state. It leaves the state before every chunk.
+#     output        steps 1 and 2. Now each chunk knows its state: all chunks, heads and tiles of p in parallel.
+#     walk          backward: S' = (exp(cs) y')^T C + exp(cs_last) S_new' is steps 3 and 4 in reverse, with y' for x and
+#                   C for B. It starts from final_state', leaves every chunk's S_new', and ends with init_state'.
+#     inputs_grad   x', dt', A' and all of a', in parallel like output.
+#     group_grad    B' and C'. Each program sums over the heads of its group, in a fixed order: no atomics, equal bits.
 #
-# Two launches forward, three backward. C B^T and L are made again wherever they are needed and never stored; the states
-# between the chunks are kept from the forward pass (twice the bytes of x at n = 128, chunk = 64): making them again
-# would be a fourth launch. They are kept in x's dtype, in which the matrix products read them; what is carried from
-# chunk to chunk stays fp32, like every sum. (One kernel for all gradients would save loads, but spills registers.)
+# C B^T and L are made again wherever they are needed, never stored. The states between chunks are kept for the backward
+# pass (at n = 128 and chunk = 64 twice the bytes of x; making them again would be a fourth launch), in x's dtype, in which
+# matrix products read them; what is carried along stays float32, like all sums. The gradients are two kernels, one of
+# them in two loops, because all at once they need more registers than there are (results/kernel_report.py --compile).
 #
-# Tiles are named by capitals in their tags: Q places in a chunk, P and N tiles of p and n. Sizes known at compile time are
-# capitals as well. Places past the end of the sequence load as zeros: with dt = 0 they neither decay nor write.
-# Program ids become 64-bit before they meet a stride, so offsets past 2^31 elements do not wrap around.
+# To a kernel, x is a matrix of b l rows and h p columns, B and C have g n columns, a state has h p rows and n columns.
+# Q is a chunk, P and N are tiles of p and n. Rows past the end load as zeros: with dt = 0 they neither decay nor write.
+# Program ids are 64 bits wide before anything is multiplied, so no offset wraps around at 2^31 elements.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @jit
-def _rows(ptr, stride, offs_l, offs_d, l):
-    """The tile of a matrix in memory at rows offs_l and columns offs_d, its rows `stride` apart; 0 past the end."""
-    return tl.load(ptr + offs_l[:, None] * stride + offs_d[None, :], mask=offs_l[:, None] < l, other=0.0)
+def _load(ptr, stride, rows, cols, inside):
+    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=inside[:, None], other=0.0)
 
 
 @jit
-def _exp0(exponent):
-    return tl.exp(tl.minimum(exponent, 0.0))  # decays only: see _decays_and_scores
+def _decay(exponent):
+    return tl.exp(tl.minimum(exponent, 0.0))  # why the minimum: see _decays_and_scores
 
 
 @jit
-def _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H: tl.constexpr):
+def _sums(dt_ptr, A_ptr, rows, head, inside, H: tl.constexpr):
     """dt, cs and cs_last of one head in one chunk."""
-    dt = tl.load(dt_ptr + (pid_b * l + offs_l) * H + pid_h, mask=offs_l < l, other=0.0)  # [Q]
-    a = dt * tl.load(A_ptr + pid_h)
+    dt = tl.load(dt_ptr + rows * H + head, mask=inside, other=0.0)  # [Q]
+    a = dt * tl.load(A_ptr + head)
     return dt, tl.cumsum(a, 0), tl.sum(a, 0)
 
 
 @jit
 def _lower(cs, Q: tl.constexpr):
     """L: exp(cs_q - cs_s) for s <= q, else 0."""
-    offs_q = tl.arange(0, Q)
-    return tl.where(offs_q[:, None] >= offs_q[None, :], _exp0(cs[:, None] - cs[None, :]), 0.0)  # [Q, Q]
+    place = tl.arange(0, Q)
+    return tl.where(place[:, None] >= place[None, :], _decay(cs[:, None] - cs[None, :]), 0.0)  # [Q, Q]
 
 
 @jit
-def _tile_ids(H: tl.constexpr, Q: tl.constexpr, P: tl.constexpr):
-    """Which chunk, head, batch row and tile of p is this program's? Heads are next to each other in the order of
-    launch, so that those of one group find its B and C in the cache."""
+def _where_am_i(l, chunks, HEADS: tl.constexpr, TILES: tl.constexpr, Q: tl.constexpr):
+    """This program's tile, head (or group), chunk, counted through the batch, and that chunk's rows. Heads are next to
+    each other in the order of launch, so that those of one group find its B and C in the cache."""
     pid = tl.program_id(0).to(tl.int64)
-    pid_c, pid_h = pid // H, pid % H
-    offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
-    offs_p = tl.program_id(1) * P + tl.arange(0, P)  # [P]
-    return pid_c, pid_h, tl.program_id(2).to(tl.int64), offs_l, offs_p
+    chunk = pid // (TILES * HEADS)
+    places = chunk % chunks * Q + tl.arange(0, Q)  # [Q]
+    return pid % TILES, pid // TILES % HEADS, chunk, chunk // chunks * l + places, places < l
 
 
 @jit
-def _walk_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr,  # backward: y' for x, C for B; first: None = zeros
-    l, chunks, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
+def walk_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l, chunks, stride_x, stride_B,
     REVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # which tile of which state
-    pid_h, pid_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    offs_p = tl.program_id(0) // (N_ALL // N) * P + tl.arange(0, P)  # [P]
-    offs_n = tl.program_id(0) % (N_ALL // N) * N + tl.arange(0, N)  # [N]
-    offs_s = offs_p[:, None] * N_ALL + offs_n[None, :]  # [P, N]
-    x_ptr += pid_b * stride_x_b + pid_h * P_ALL
-    B_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
+    tile, head, batch, _, _ = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
+    cols_x = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
+    cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
+    offs_state = cols_x[:, None] * N_ALL + cols_n[None, :]  # [P, N]
     S = tl.zeros((P, N), tl.float32)  # [P, N]
     if first_ptr is not None:
-        S += tl.load(first_ptr + (pid_b * H + pid_h) * P_ALL * N_ALL + offs_s)
-    # from chunk to chunk
-    pid_c = pid_b * 0 + (chunks - 1 if REVERSE else 0)
-    for _ in range(chunks):
-        tl.store(states_ptr + ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL + offs_s, S)
-        offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
-        dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
-        weight = _exp0(cs) if REVERSE else _exp0(cs_last - cs) * dt  # [Q]
-        x = _rows(x_ptr, stride_x_l, offs_l, offs_p, l)  # [Q, P]
-        B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+        S += tl.load(first_ptr + batch * (H * P_ALL * N_ALL) + offs_state)
+    for i in range(chunks):
+        chunk = chunks - 1 - i if REVERSE else i
+        tl.store(states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S)
+        places = chunk * Q + tl.arange(0, Q)  # [Q]
+        rows, inside = batch * l + places, places < l
+        dt, cs, cs_last = _sums(dt_ptr, A_ptr, rows, head, inside, H)
+        x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
+        B = _load(B_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
+        weight = _decay(cs) if REVERSE else _decay(cs_last - cs) * dt  # [Q]
         x = (x * weight[:, None]).to(x.dtype)
-        S = tl.dot(tl.trans(x), B, S * _exp0(cs_last), input_precision=PRECISION)  # 3, 4
-        pid_c += -1 if REVERSE else 1
-    tl.store(last_ptr + (pid_b * H + pid_h) * P_ALL * N_ALL + offs_s, S)
+        S = tl.dot(tl.trans(x), B, S * _decay(cs_last), input_precision=PRECISION)  # 3, 4
+    tl.store(last_ptr + batch * (H * P_ALL * N_ALL) + offs_state, S)
 
 
 @jit
-def _output_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, y_ptr,
-    l, chunks, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
+def output_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, y_ptr, l, chunks, stride_x, stride_B,
     H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # which tile of y
-    pid_c, pid_h, pid_b, offs_l, offs_p = _tile_ids(H, Q, P)
-    B_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
-    C_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
-    states_ptr += ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL
-    # what meets over n: C B^T and C S^T
+    tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
+    cols_x = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
+    rows_state = chunk * (H * P_ALL) + cols_x  # [P]
+    # sums over n
     CB = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
     y = tl.zeros((Q, P), tl.float32)  # [Q, P]
     for n in range(0, N_ALL, N):
-        offs_n = n + tl.arange(0, N)  # [N]
-        B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-        C = _rows(C_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-        S = tl.load(states_ptr + offs_p[:, None] * N_ALL + offs_n[None, :])  # [P, N]
+        cols_n = n + tl.arange(0, N)  # [N]
+        B = _load(B_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
+        C = _load(C_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
+        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
         y = tl.dot(C, tl.trans(S), y, input_precision=PRECISION)
-    # y = exp(cs) C S^T + W u; dt goes into W, so that x enters the product as it is
-    dt, cs, _ = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
-    x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+    # u = dt x: dt goes into W, so that x enters the product as it is
+    dt, cs, _ = _sums(dt_ptr, A_ptr, rows, head, inside, H)
+    x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
     W = (CB * _lower(cs, Q) * dt[None, :]).to(x.dtype)  # [Q, Q]
-    y = tl.dot(W, x, y * _exp0(cs)[:, None], input_precision=PRECISION)  # 1, 2
-    y_ptrs = y_ptr + ((pid_b * l + offs_l) * H + pid_h)[:, None] * P_ALL + offs_p[None, :]
-    tl.store(y_ptrs, y, mask=offs_l[:, None] < l)
+    y = tl.dot(W, x, y * _decay(cs)[:, None], input_precision=PRECISION)  # 1, 2
+    tl.store(y_ptr + rows[:, None] * (H * P_ALL) + cols_x[None, :], y, mask=inside[:, None])
 
 
 @jit
-def _inputs_grad_kernel(
+def inputs_grad_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dx_ptr, ddt_ptr, dA_ptr,
-    l, chunks, batch, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
-    H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+    l, chunks, stride_x, stride_B, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # which tile of x'
-    pid_c, pid_h, pid_b, offs_l, offs_p = _tile_ids(H, Q, P)
-    B_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
-    C_ptr += pid_b * stride_B_b + pid_h // (H // G) * N_ALL
-    offs_state = ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL
-    # what meets over n: C B^T, C S^T, B S_new'^T and <S_new', S>
+    tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
+    cols_x = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
+    rows_state = chunk * (H * P_ALL) + cols_x  # [P]
+    dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
+    # sums over n
     CB = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
     du = tl.zeros((Q, P), tl.float32)  # [Q, P]
-    carried = tl.zeros((P,), tl.float32)  # [P]
     read = tl.zeros((Q,), tl.float32)  # [Q]
-    dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
+    carried = tl.zeros((P,), tl.float32)  # [P]
     for n in range(0, N_ALL, N):
-        offs_n = n + tl.arange(0, N)  # [N]
-        B = _rows(B_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-        C = _rows(C_ptr, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-        offs_s = offs_state + offs_p[:, None] * N_ALL + offs_n[None, :]  # [P, N]
-        S = tl.load(states_ptr + offs_s)  # [P, N]
-        dS = tl.load(dstates_ptr + offs_s)  # [P, N]
+        cols_n = n + tl.arange(0, N)  # [N]
+        B = _load(B_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
+        C = _load(C_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
+        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
+        dS = tl.load(dstates_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
-        read += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)
         du = tl.dot(B, tl.trans(dS), du, input_precision=PRECISION)
+        read += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)  # y' . S C, without keeping S C
         carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-    # u' = W^T y' + exp(cs_last - cs) B S_new'^T, and the four sums of a', in the order of the derivation
-    dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
-    offs_out = (pid_b * l + offs_l) * H + pid_h  # [Q]
-    x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
+    # u' and, in the order of the derivation, the four sums of a'; W' is linear in x, so tiles of p just add up
+    dt, cs, cs_last = _sums(dt_ptr, A_ptr, rows, head, inside, H)
+    x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
     W = CB * _lower(cs, Q)  # [Q, Q]
-    du *= _exp0(cs_last - cs)[:, None]
     paths = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * W  # W' o W [Q, Q]
-    read *= _exp0(cs)  # [Q]
+    du *= _decay(cs_last - cs)[:, None]
     written = tl.sum(x * du, 1) * dt  # [Q]
-    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read, 0, reverse=True)  # [Q]
-    da += tl.cumsum(written, 0) - written + _exp0(cs_last) * tl.sum(carried, 0)
     du = tl.dot(tl.trans(W.to(x.dtype)), dy, du, input_precision=PRECISION)
-    tl.store(dx_ptr + offs_out[:, None] * P_ALL + offs_p[None, :], du * dt[:, None], mask=offs_l[:, None] < l)
-    # each tile of p adds its part to dt' and A': torch adds up the parts
-    ddt = tl.sum(x * du, 1) + tl.load(A_ptr + pid_h) * da  # [Q]
-    tl.store(ddt_ptr + tl.program_id(1) * batch * l * H + offs_out, ddt, mask=offs_l < l)
-    part = (tl.program_id(1) * batch + pid_b) * chunks + pid_c
-    tl.store(dA_ptr + part * H + pid_h, tl.sum(dt * da, 0))
+    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read * _decay(cs), 0, reverse=True)  # [Q]
+    da += tl.cumsum(written, 0) - written + _decay(cs_last) * tl.sum(carried, 0)
+    ddt = tl.sum(x * du, 1) + tl.load(A_ptr + head) * da  # [Q]
+    tl.store(dx_ptr + rows[:, None] * (H * P_ALL) + cols_x[None, :], du * dt[:, None], mask=inside[:, None])
+    tl.store(ddt_ptr + (rows * H + head) * (P_ALL // P) + tile, ddt, mask=inside)
+    tl.store(dA_ptr + (chunk * H + head) * (P_ALL // P) + tile, tl.sum(dt * da, 0))
 
 
 @jit
-def _group_grad_kernel(
+def group_grad_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dB_ptr, dC_ptr,
-    l, chunks, stride_x_b, stride_x_l, stride_B_b, stride_B_l,
-    H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+    l, chunks, stride_x, stride_B, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # which tile of B' and C'
-    pid = tl.program_id(0).to(tl.int64)
-    pid_c, pid_g, pid_b = pid // G, pid % G, tl.program_id(2).to(tl.int64)
-    offs_l = pid_c * Q + tl.arange(0, Q)  # [Q]
-    offs_n = tl.program_id(1) * N + tl.arange(0, N)  # [N]
-    # within the chunk: E summed over the heads of the group and the tiles of p, then one product for all of them
+    tile, group, chunk, rows, inside = _where_am_i(l, chunks, G, N_ALL // N, Q)
+    first_col = group * (H // G * P_ALL)  # of x: the group's heads are next to each other
+    cols_n = tile * N + tl.arange(0, N)  # [N]
+    # inside the chunk: E, summed over the heads and the tiles of p, then one product for all of them
     E = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
-    for i in range(H // G * (P_ALL // P)):
-        pid_h = pid_g * (H // G) + i // (P_ALL // P)
-        offs_p = i % (P_ALL // P) * P + tl.arange(0, P)  # [P]
-        dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
-        x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
-        dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
+    for p in range(0, H // G * P_ALL, P):
+        cols_x = first_col + p + tl.arange(0, P)  # [P]
+        dt, cs, cs_last = _sums(dt_ptr, A_ptr, rows, (first_col + p) // P_ALL, inside, H)
+        x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
+        dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
         E += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * _lower(cs, Q)
-    B = _rows(B_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
-    C = _rows(C_ptr + pid_b * stride_B_b + pid_g * N_ALL, stride_B_l, offs_l, offs_n, l)  # [Q, N]
+    B = _load(B_ptr, stride_B, rows, group * N_ALL + cols_n, inside)  # [Q, N]
+    C = _load(C_ptr, stride_B, rows, group * N_ALL + cols_n, inside)  # [Q, N]
     dC = tl.dot(E.to(B.dtype), B, input_precision=PRECISION)  # [Q, N]
     dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)  # [Q, N]
-    # from and to the states, head by head
-    for i in range(H // G * (P_ALL // P)):
-        pid_h = pid_g * (H // G) + i // (P_ALL // P)
-        offs_p = i % (P_ALL // P) * P + tl.arange(0, P)  # [P]
-        dt, cs, cs_last = _steps(dt_ptr, A_ptr, pid_b, pid_h, offs_l, l, H)
-        x = _rows(x_ptr + pid_b * stride_x_b + pid_h * P_ALL, stride_x_l, offs_l, offs_p, l)  # [Q, P]
-        dy = _rows(dy_ptr + (pid_b * l * H + pid_h) * P_ALL, H * P_ALL, offs_l, offs_p, l)  # [Q, P]
-        offs_s = ((pid_b * chunks + pid_c) * H + pid_h) * P_ALL * N_ALL + offs_p[:, None] * N_ALL + offs_n[None, :]
-        S = tl.load(states_ptr + offs_s)  # [P, N]
-        dS = tl.load(dstates_ptr + offs_s)  # [P, N]
-        dy = (dy * _exp0(cs)[:, None]).to(dy.dtype)
-        x = (x * (_exp0(cs_last - cs) * dt)[:, None]).to(x.dtype)
-        dC = tl.dot(dy, S, dC, input_precision=PRECISION)
-        dB = tl.dot(x, dS, dB, input_precision=PRECISION)
-    offs_out = ((pid_b * l + offs_l) * G + pid_g)[:, None] * N_ALL + offs_n[None, :]  # [Q, N]
-    tl.store(dB_ptr + offs_out, dB, mask=offs_l[:, None] < l)
-    tl.store(dC_ptr + offs_out, dC, mask=offs_l[:, None] < l)
+    # from and to the states
+    for p in range(0, H // G * P_ALL, P):
+        cols_x = first_col + p + tl.arange(0, P)  # [P]
+        dt, cs, cs_last = _sums(dt_ptr, A_ptr, rows, (first_col + p) // P_ALL, inside, H)
+        x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
+        dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
+        offs_state = (chunk * (H * P_ALL) + cols_x)[:, None] * N_ALL + cols_n[None, :]  # [P, N]
+        dy = (dy * _decay(cs)[:, None]).to(dy.dtype)
+        x = (x * (_decay(cs_last - cs) * dt)[:, None]).to(x.dtype)
+        dC = tl.dot(dy, tl.load(states_ptr + offs_state), dC, input_precision=PRECISION)
+        dB = tl.dot(x, tl.load(dstates_ptr + offs_state), dB, input_precision=PRECISION)
+    offs_out = rows[:, None] * (G * N_ALL) + group * N_ALL + cols_n[None, :]  # [Q, N]
+    tl.store(dB_ptr + offs_out, dB, mask=inside[:, None])
+    tl.store(dC_ptr + offs_out, dC, mask=inside[:, None])
 
 
-# Launch settings, by kernel and bytes of an element of x: largest tile of p, largest tile of n, warps, pipeline stages.
-# Chosen from results/kernel_report.py --compile; --sweep times others. SSD_SETTINGS="walk=32,64,4,2 output=..." overrides.
+# Launch settings for bf16 and fp16, then for fp32: tile of p, tile of n (at most), warps (at least), pipeline stages.
+# Chosen from results/kernel_report.py --compile. Try others with SSD_SETTINGS="walk_kernel=32,64,4,2 output_kernel=...".
 SETTINGS = {
-    ("walk", 2): (32, 64, 4, 2), ("walk", 4): (32, 32, 4, 1),
-    ("output", 2): (64, 64, 4, 2), ("output", 4): (32, 32, 4, 1),
-    ("inputs_grad", 2): (64, 32, 8, 1), ("inputs_grad", 4): (32, 32, 8, 1),
-    ("group_grad", 2): (64, 64, 8, 1), ("group_grad", 4): (32, 32, 8, 1),
+    "walk_kernel": ((32, 64, 4, 2), (32, 32, 4, 1)), "output_kernel": ((64, 64, 4, 2), (32, 32, 4, 1)),
+    "inputs_grad_kernel": ((64, 32, 8, 1), (32, 32, 8, 1)), "group_grad_kernel": ((64, 64, 8, 1), (32, 32, 8, 1)),
 }  # fmt: skip
+for name, _, setting in (item.partition("=") for item in os.environ.get("SSD_SETTINGS", "").split()):
+    SETTINGS[name] = (tuple(map(int, setting.split(","))),) * 2
 
 
-def _setting(name, x, B):
-    override = dict(item.split("=") for item in os.environ.get("SSD_SETTINGS", "").split())
-    block_p, block_n, warps, stages = map(
-        int, override[name].split(",") if name in override else SETTINGS[name, x.element_size()]
-    )
-    return min(block_p, x.shape[3]), min(block_n, B.shape[3]), warps, stages
-
-
-def _launch(name, kernel, grid, args, x, B, chunk, **flags):
-    """Runs `kernel` on the grid that `grid` makes of the number of tiles of p and of n."""
-    block_p, block_n, warps, stages = _setting(name, x, B)
-    (h, p), (g, n) = x.shape[2:], B.shape[2:]
-    tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32  # only fp32 products could use it
+def _launch(kernel, programs, x, B, chunk, *args, **flags):
+    """Runs the kernel on b programs(tiles of p, tiles of n) programs."""
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][x.element_size() // 4]
+    tile_p, tile_n, warps = min(tile_p, p), min(tile_n, n), max(warps, chunk // 16)
+    tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32  # only products of float32 could use it
     with torch.cuda.device_of(x):
-        kernel[grid(p // block_p, n // block_n)](
-            *args, **flags, H=h, G=g, P_ALL=p, N_ALL=n, Q=chunk, P=block_p, N=block_n,
-            PRECISION="tf32" if tf32 else "ieee", num_warps=warps, num_stages=stages,
+        kernel[(b * programs(p // tile_p, n // tile_n),)](
+            *args, l, -(-l // chunk), x.stride(1), B.stride(1), H=h, G=g, P_ALL=p, N_ALL=n, Q=chunk, P=tile_p, N=tile_n,
+            PRECISION="tf32" if tf32 else "ieee", num_warps=warps, num_stages=stages, **flags,
         )  # fmt: skip
 
 
-def _packed(*tensors):
-    """The same numbers, all with one set of strides, the last two dimensions without gaps."""
-    strides = tensors[0].stride()
-    fits = strides[2:] == (tensors[0].shape[3], 1) and all(t.stride() == strides for t in tensors)
-    return tensors if fits else tuple(t.contiguous() for t in tensors)
-
-
-def _walk(x, dt, A, B, first, chunk, reverse):
-    """The state before each chunk (b, c, h, p, n) and the last one; `reverse`: the gradient after each chunk."""
-    b, l, h, p = x.shape
-    chunks, n = triton.cdiv(l, chunk), B.shape[3]
-    states, last = x.new_empty(b, chunks, h, p, n), dt.new_empty(b, h, p, n)
-    args = (x, dt, A, B, states, first, last, l, chunks, *x.stride()[:2], *B.stride()[:2])
-    _launch("walk", _walk_kernel, lambda tp, tn: (tp * tn, h, b), args, x, B, chunk, REVERSE=reverse)
+def _walk(x, dt, A, B, first, chunk, reverse=False):
+    (b, l, h, p), n = x.shape, B.shape[3]
+    states, last = x.new_empty(b, -(-l // chunk), h, p, n), dt.new_empty(b, h, p, n)
+    first = None if first is None else first.contiguous()
+    args = (x, dt, A, B, states, first, last)
+    _launch(walk_kernel, lambda tiles_p, tiles_n: h * tiles_p * tiles_n, x, B, chunk, *args, REVERSE=reverse)
     return states, last
 
 
-@torch.library.custom_op("ssd::forward", mutates_args=())
-def _forward(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-    init_state: Optional[torch.Tensor], chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def _as_matrices(*tensors):
+    """The same numbers, all with one distance between rows, and no gaps within a row or between batch rows."""
+    strides = tensors[0].stride()
+    _, l, _, width = tensors[0].shape
+    fits = strides[2:] == (width, 1) and strides[0] == l * strides[1] and all(t.stride() == strides for t in tensors)
+    return tensors if fits else tuple(t.contiguous() for t in tensors)
+
+
+INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C"
+op = functools.partial(torch.library.custom_op, mutates_args=())  # opaque to torch.compile and to autograd
+
+
+@op("ssd::forward", schema=f"({INPUTS}, Tensor? init_state, int chunk) -> (Tensor, Tensor, Tensor)")
+def _forward(x, dt, A, B, C, init_state, chunk):
     """y, final_state, and the state before each chunk."""
-    (b, l, h, _), dt, (x,), (B, C) = x.shape, dt.contiguous(), _packed(x), _packed(B, C)
-    init_state = None if init_state is None else init_state.contiguous()
-    states, final_state = _walk(x, dt, A, B, init_state, chunk, reverse=False)
-    y, chunks = x.new_empty(x.shape), states.shape[1]
-    args = (x, dt, A, B, C, states, y, l, chunks, *x.stride()[:2], *B.stride()[:2])
-    _launch("output", _output_kernel, lambda tp, tn: (chunks * h, tp, b), args, x, B, chunk)
+    (x,), (B, C), dt = _as_matrices(x), _as_matrices(B, C), dt.contiguous()
+    states, final_state = _walk(x, dt, A, B, init_state, chunk)
+    y, (chunks, h) = x.new_empty(x.shape), states.shape[1:3]
+    _launch(output_kernel, lambda tiles_p, _: chunks * h * tiles_p, x, B, chunk, x, dt, A, B, C, states, y)
     return y, final_state, states
+
 
 @_forward.register_fake
 def _(x, dt, A, B, C, init_state, chunk):
     (b, l, h, p), n = x.shape, B.shape[3]
-    return x.new_empty(b, l, h, p), dt.new_empty(b, h, p, n), x.new_empty(b, -(-l // chunk), h, p, n)
+    return x.new_empty(x.shape), dt.new_empty(b, h, p, n), x.new_empty(b, -(-l // chunk), h, p, n)
 
 
-@torch.library.custom_op("ssd::backward", mutates_args=())
-def _backward(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor,
-    dy: Optional[torch.Tensor], dfinal_state: Optional[torch.Tensor], chunk: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+@op("ssd::backward", schema=f"({INPUTS}, Tensor states, Tensor? dy, Tensor? dfinal_state, int chunk) -> Tensor[]")
+def _backward(x, dt, A, B, C, states, dy, dfinal_state, chunk):
     """The gradients of x, dt, A, B, C and init_state."""
-    dy = torch.zeros_like(x) if dy is None else dy
-    dt, dy, (x,), (B, C) = dt.contiguous(), dy.contiguous(), _packed(x), _packed(B, C)
-    dfinal_state = None if dfinal_state is None else dfinal_state.contiguous()
-    (b, l, h, _), g, chunks = x.shape, B.shape[2], states.shape[1]
+    (x,), (B, C), dt = _as_matrices(x), _as_matrices(B, C), dt.contiguous()
+    dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
     dstates, dinit_state = _walk(dy, dt, A, C, dfinal_state, chunk, reverse=True)
-    inputs = (x, dt, A, B, C, states, dstates, dy)
-    sizes = (l, chunks, *x.stride()[:2], *B.stride()[:2])
+    (b, chunks, h, p, _), g = states.shape, B.shape[2]
+    parts = p // min(p, SETTINGS["inputs_grad_kernel"][x.element_size() // 4][0])  # of dt' and A': one a tile of p
+    ddt, dA = dt.new_empty(*dt.shape, parts), dt.new_empty(b, chunks, h, parts)
     dx, dB, dC = (t.new_empty(t.shape) for t in (x, B, C))
-    parts = x.shape[3] // _setting("inputs_grad", x, B)[0]  # tiles of p
-    ddt, dA = dt.new_empty(parts, b, l, h), dt.new_empty(parts, b, chunks, h)
-    _launch("inputs_grad", _inputs_grad_kernel, lambda tp, tn: (chunks * h, tp, b), (*inputs, dx, ddt, dA, l, chunks, b, *sizes[2:]),
-            x, B, chunk)  # fmt: skip
-    _launch("group_grad", _group_grad_kernel, lambda tp, tn: (chunks * g, tn, b), (*inputs, dB, dC, *sizes),
-            x, B, chunk)  # fmt: skip
-    return dx, ddt.sum(0), dA.sum((0, 1, 2)), dB, dC, dinit_state
+    args = (x, dt, A, B, C, states, dstates, dy)
+    _launch(inputs_grad_kernel, lambda tiles_p, _: chunks * h * tiles_p, x, B, chunk, *args, dx, ddt, dA)
+    _launch(group_grad_kernel, lambda _, tiles_n: chunks * g * tiles_n, x, B, chunk, *args, dB, dC)
+    return [dx, ddt.sum(3), dA.sum((0, 1, 3)), dB, dC, dinit_state]
 
 
 @_backward.register_fake
 def _(x, dt, A, B, C, states, dy, dfinal_state, chunk):
     b, _, h, p, n = states.shape
-    return *(t.new_empty(t.shape) for t in (x, dt, A, B, C)), dt.new_empty(b, h, p, n)
+    return [*(t.new_empty(t.shape) for t in (x, dt, A, B, C)), dt.new_empty(b, h, p, n)]
 
 
-def _save(ctx, inputs, output):
+def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.has_init, ctx.chunk = inputs[5] is not None, inputs[6]
     ctx.set_materialize_grads(False)
 
 
-def _backprop(ctx, dy, dfinal_state, _):
+def _gradients(ctx, dy, dfinal_state, _):
     *grads, dinit_state = _backward(*ctx.saved_tensors, dy, dfinal_state, ctx.chunk)
     return *grads, dinit_state if ctx.has_init else None, None
 
 
-_forward.register_autograd(_backprop, setup_context=_save)
+_forward.register_autograd(_gradients, setup_context=_keep)
 
 
 def ssd_triton(x, dt, A, B, C, init_state=None, chunk=64):
-    """The chunked scan in Triton. Arguments and results of `ssd`; `triton_needs` says what it can take."""
-    chunk = min(max(chunk, 16), 128)
-    y, final_state, _ = _forward(x, dt.float(), A.float(), B, C, init_state, chunk)
-    return y, final_state
+    """The chunked scan in Triton. Arguments and results of `ssd`, within what `triton_needs` allows."""
+    chunk = min(
+        max(chunk, 16), 64 if x.dtype == torch.float32 else 128
+    )  # what the matrix instructions and registers fit
+    return _forward(x, dt.float(), A.float(), B, C, init_state, chunk)[:2]
 
 
 def triton_needs(x, B):
-    """What keeps the kernels from these arguments, as (argument, what it should be, what it is); None if nothing."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if triton is None:
-        return "backend", "'torch' where triton is not installed", "'triton'"
-    if not (x.is_cuda or interpreted and x.device.type == "cpu"):
-        return "backend", "'torch' without a GPU (or TRITON_INTERPRET=1)", f"'triton' for a tensor on {x.device}"
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "backend", "'torch' on a GPU older than compute capability 8.0", "'triton'"
-    if x.element_size() > 4:
-        return "x", "float32, bfloat16 or float16 for backend 'triton'", x.dtype
-    if x.shape[3] not in (16, 32, 64, 128):
-        return "p of x", "16, 32, 64 or 128 for backend 'triton'", x.shape[3]
-    if B.shape[3] not in (16, 32, 64, 128, 256):
-        return "n of B, C", "16, 32, 64, 128 or 256 for backend 'triton'", B.shape[3]
-    return None
+    """The first thing that keeps the kernels from these arguments: (argument, what it should be, what it is), or None."""
+    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    able = triton and (interpreted or x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
+    where = "with Triton and a GPU of compute capability 8.0 or later, or with TRITON_INTERPRET=1 on a CPU"
+    checks = (
+        (able, "backend", f"'torch' ('triton' runs {where})", "'triton'"),
+        (x.dtype in (torch.float32, torch.bfloat16, torch.float16), "x", "32 or 16 bits wide for 'triton'", x.dtype),
+        (x.shape[3] in (16, 32, 64, 128), "p of x", "16, 32, 64 or 128 for 'triton'", x.shape[3]),
+        (B.shape[3] in (16, 32, 64, 128, 256), "n of B", "16, 32, 64, 128 or 256 for 'triton'", B.shape[3]),
+    )
+    return next((reason for fine, *reason in checks if not fine), None)
 
 
 BACKENDS = {"triton": ssd_triton, "torch": ssd_chunked}
@@ -576,3 +529,31 @@ def ssd(x, dt, A, B, C, init_state=None, chunk=64, backend=None):
     if backend == "triton" and needs:
         check(False, *needs)
     return BACKENDS[backend](x, dt, A, B, C, init_state, chunk)
+
+
+def _self_check(backend, dtype, limit, device):
+    """A backend against the recurrence in float64: prints |error| / |result|, says whether all are below the limit."""
+    torch.manual_seed(0)
+    shapes = (2, 131, 4, 64), (2, 131, 4), (4,), (2, 131, 2, 128), (2, 131, 2, 128), (2, 4, 64, 128)
+    x, dt, A, B, C, S = (torch.randn(shape, device=device) for shape in shapes)
+    inputs = x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S
+    results = []
+    for scan in (ssd_loop, lambda *tensors: ssd(*tensors, backend=backend)):
+        tensors = [(t.double() if scan is ssd_loop else t).detach().requires_grad_() for t in inputs]
+        y, S = scan(*tensors)
+        results.append((y, S, *torch.autograd.grad((y, S), tensors, (torch.ones_like(y), torch.ones_like(S)))))
+    errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*results)]
+    names = "y final_state x' dt' A' B' C' init_state'".split()
+    print(f"{backend:7}{str(dtype)[6:]:9}", *(f"{name} {error:.1e} " for name, error in zip(names, errors)))
+    return max(errors) < limit
+
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sample = torch.ones(1, 1, 1, 16, device=device)
+    backends = ["torch"] if triton_needs(sample, sample) else ["torch", "triton"]
+    limits = {torch.float32: 2e-5, torch.float16: 5e-3}  # and bfloat16 on a GPU: Triton's interpreter gets it wrong
+    limits |= {torch.bfloat16: 1e-2} if device == "cuda" else {}
+    good = [_self_check(backend, *limit, device) for backend in backends for limit in limits.items()]
+    print(f"on {device}:", "all good" if all(good) else "errors too large")
+    sys.exit(0 if all(good) else 1)

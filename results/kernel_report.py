@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import scan_kernel
 
-KERNELS = ["_walk_kernel", "_output_kernel", "_inputs_grad_kernel", "_group_grad_kernel"]
+KERNELS = ["walk_kernel", "output_kernel", "inputs_grad_kernel", "group_grad_kernel"]
 SHAPES = {  # h, p, g, n, chunk
     "tiny": (8, 32, 1, 128, 32),
     "small": (16, 64, 1, 128, 64),
@@ -141,10 +141,10 @@ def traffic(call):
     e, f = args[0].element_size(), 4
     programs, chunks = grid[0] * grid[1] * grid[2], args[kernel.arg_names.index("chunks")]
     per_program = {
-        "_walk_kernel": chunks * ((q * p + q * n + p * n) * e + q * f) + 2 * p * n * f,
-        "_output_kernel": (2 * q * p + 2 * q * n_all + p * n_all) * e + q * f,
-        "_inputs_grad_kernel": (3 * q * p + 2 * q * n_all + 2 * p * n_all) * e + 2 * q * f,
-        "_group_grad_kernel": kw["H"] // kw["G"] * kw["P_ALL"] * 2 * (q + n) * e + 4 * q * n * e,
+        "walk_kernel": chunks * ((q * p + q * n + p * n) * e + q * f) + 2 * p * n * f,
+        "output_kernel": (2 * q * p + 2 * q * n_all + p * n_all) * e + q * f,
+        "inputs_grad_kernel": (3 * q * p + 2 * q * n_all + 2 * p * n_all) * e + 2 * q * f,
+        "group_grad_kernel": kw["H"] // kw["G"] * kw["P_ALL"] * 2 * (q + n) * e + 4 * q * n * e,
     }[kernel.__name__]
     least = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor))
     return programs * per_program, least
