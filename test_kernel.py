@@ -1,6 +1,6 @@
 """The Triton kernels: on CPU tensors in Triton's interpreter, compiled for GPUs that are not here, on a GPU if one is.
 
-    python -m pytest -q test_kernel.py
+python -m pytest -q test_kernel.py
 """
 
 import json

@@ -8,10 +8,12 @@ The last line of each is one JSON object. results/kernel_compile.txt is the outp
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,13 +58,13 @@ class Recorder:
     """Stands in for a kernel: kernel[grid](*args, **options) is written down and not run."""
 
     def __init__(self, kernel, calls):
-        self.kernel, self.calls = kernel, calls
+        self.kernel, self.fn, self.calls = kernel, kernel.fn, calls
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.calls.append((self.kernel, grid, args, kwargs))
 
 
-def record(shape, dtype, b=8, l=2048):
+def record(shape, dtype, b=1, l=2048):
     """The launches of one forward and backward pass, as (kernel, grid, args, kwargs)."""
     calls, (h, p, g, n, chunk) = [], shape
     kernels = {name: getattr(scan_kernel, name) for name in KERNELS}
@@ -139,12 +141,190 @@ def traffic(call):
     kernel, grid, args, kw = call
     q, p, n, n_all = kw["Q"], kw["P"], kw["N"], kw["N_ALL"]
     e, f = args[0].element_size(), 4
-    programs, chunks = grid[0] * grid[1] * grid[2], args[kernel.arg_names.index("chunks")]
+    programs, chunks = grid[0], args[kernel.arg_names.index("chunks")]
     per_program = {
         "walk_kernel": chunks * ((q * p + q * n + p * n) * e + q * f) + 2 * p * n * f,
         "output_kernel": (2 * q * p + 2 * q * n_all + p * n_all) * e + q * f,
         "inputs_grad_kernel": (3 * q * p + 2 * q * n_all + 2 * p * n_all) * e + 2 * q * f,
-        "group_grad_kernel": kw["H"] // kw["G"] * kw["P_ALL"] * 2 * (q + n) * e + 4 * q * n * e,
-    }[kernel.__name__]
+        "group_grad_kernel": kw["H"] // kw["G"] * kw["P_ALL"] * 2 * (2 * q + n) * e + 4 * q * n * e,
+    }[kernel.fn.__name__]
     least = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor))
     return programs * per_program, least
+
+
+def compile_report(args):
+    """Prints a row for each kernel, shape, type and target; returns the rows."""
+    print(
+        f"Built for b = 1, l = 2048 with triton {scan_kernel.triton.__version__}. A thread's registers and spilled bytes, shared memory"
+    )
+    print(
+        "of a program, tensor-core instructions and matrix products in the code, warps in flight over the most there can be"
+    )
+    print("(estimated), bytes loaded and stored by all programs together over the least: each tensor once.\n")
+    head = "shape       dtype target  kernel              P   N warps  registers spilled  shared  tensor/products warps   bytes"
+    print(head)
+    rows = []
+    for name, dtype in itertools.product(args.shapes, args.dtypes):
+        for call, target in itertools.product(record(SHAPES[name], DTYPES[dtype]), args.targets):
+            kernel, kw, (moved, least) = call[0], call[3], traffic(call)
+            row = {"shape": name, "dtype": dtype, "target": target, "kernel": kernel.fn.__name__}
+            if row["kernel"] == "walk_kernel":
+                row["kernel"] += " back" * kw["REVERSE"]
+            row |= {"P": kw["P"], "N": kw["N"], "warps": kw["num_warps"], "products": kernel.src.count("tl.dot(")}
+            row |= resources(build(call, target), target, kw["num_warps"]) | {"bytes": round(moved / least, 2)}
+            rows.append(row)
+            print("{shape:12}{dtype:6}{target:8}{kernel:19}{P:3}{N:4}{warps:6}{registers:11}{spilled:8}{shared:8,}"
+                  "{tensor_ops:10} /{products:2}{occupancy:10.0%}{bytes:7.2f}x".format(**row), flush=True)  # fmt: skip
+    return {"triton": scan_kernel.triton.__version__, "kernels": rows}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Times. On a GPU none of this has to wait for a build: every function is called before it is timed
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def median_ms(function, device, seconds=0.5):
+    """Median time of a call, after two that do not count."""
+    for _ in range(2):
+        function()
+    times, start = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - start < seconds:
+        if device == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            function()
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]))
+        else:
+            t = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - t))
+    return statistics.median(times)
+
+
+def scan_ms(scan, inputs, device):
+    """ms forward, ms forward and backward."""
+    weights = [torch.randn_like(t) for t in scan(*inputs)]
+    with torch.no_grad():
+        forward = median_ms(lambda: scan(*inputs), device)
+    return forward, median_ms(lambda: torch.autograd.grad(scan(*inputs), inputs, weights), device)
+
+
+def others():
+    """The same scan by mamba_ssm and by fla, where they are installed."""
+    found = {}
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        found["mamba_ssm"] = lambda x, dt, A, B, C, S: mamba_chunk_scan_combined(
+            x, dt, A, B, C, chunk_size=256, initial_states=S, return_final_states=True
+        )
+    except ImportError:
+        pass
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def gla(x, dt, A, B, C, S):  # it takes B and C for every head, and states with n before p
+            k, q = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
+            return chunk_simple_gla(q, k, x * dt[..., None].to(x), dt * A, scale=1.0, initial_state=S.mT,
+                                    output_final_state=True)  # fmt: skip
+
+        found["fla"] = gla
+    except ImportError:
+        pass
+    return found
+
+
+def benchmark(args):
+    """Times of the scan from l = 256 on, with b l constant where that is possible."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    h, p, g, n, chunk = SHAPES[args.shapes[0]]
+    dtype = args.dtypes[0]
+    scans = {k: functools.partial(scan_kernel.ssd, chunk=chunk, backend=k) for k in ("triton", "torch")}
+    scans |= {"loop": scan_kernel.ssd_loop} if device == "cpu" else others()
+    if device == "cpu":
+        del scans["triton"]
+    square = torch.randn(2048, 2048, device=device).to(DTYPES[dtype])
+    report = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "shape": args.shapes[0],
+        "dtype": dtype,
+    }
+    report["matmul_tflops"] = 2 * 2048**3 / median_ms(lambda: square @ square, device) / 1e9
+    big = torch.empty(2**28 if device == "cuda" else 2**24, device=device)
+    report["copy_gbs"] = 8 * big.numel() / median_ms(lambda: big.clone(), device) / 1e6
+    print(
+        "{device}, {shape}, {dtype}: torch.matmul {matmul_tflops:.2f} TFLOP/s, copy {copy_gbs:.0f} GB/s".format(
+            **report
+        )
+    )
+    print("      b       l  scan         forward ms   and backward ms   GB/s forward (least bytes)   TFLOP/s (both)")
+    least = sum(traffic(call)[1] for call in record(SHAPES[args.shapes[0]], DTYPES[dtype])[:2]) / 2048
+    # a token of a head: C B^T and W u, then u^T B and C S^T; backward the same once more and twice their gradients
+    flops = 2 * h * ((chunk * n + chunk * p + 2 * n * p) + (chunk * n + 3 * chunk * p + 5 * n * p))
+    report["times"] = []
+    for l in args.lengths:
+        b = max(1, args.tokens // l)
+        inputs = make_inputs(b, l, h, p, g, n, DTYPES[dtype], device)
+        for name, scan in scans.items():
+            if name == "loop" and l > 512:
+                continue
+            forward, both = scan_ms(scan, inputs, device)
+            row = {"b": b, "l": l, "scan": name, "forward_ms": forward, "both_ms": both}
+            row |= {"gbs": least * b * l / forward / 1e6, "tflops": flops * b * l / both / 1e9}
+            report["times"].append(row)
+            print(
+                "{b:7}{l:8}  {scan:10}{forward_ms:13.3f}{both_ms:18.3f}{gbs:29.1f}{tflops:17.2f}".format(**row),
+                flush=True,
+            )
+    return report
+
+
+def sweep(args):
+    """Times of other launch settings, one kernel after the other, and the table to paste into scan_kernel.py."""
+    assert torch.cuda.is_available(), "--sweep times kernels: it needs a GPU"
+    h, p, g, n, chunk = SHAPES[args.shapes[0]]
+    scan = functools.partial(scan_kernel.ssd, chunk=chunk, backend="triton")
+    report = {"device": torch.cuda.get_device_name(), "shape": args.shapes[0]}
+    for dtype, name in itertools.product(args.dtypes, KERNELS):
+        column = int(dtype == "fp32")
+        inputs = make_inputs(max(1, args.tokens // 2048), 2048, h, p, g, n, DTYPES[dtype], "cuda")
+        before, times = scan_kernel.SETTINGS[name], {}
+        for setting in {before[column], *itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3))}:
+            scan_kernel.SETTINGS[name] = (setting, setting)
+            try:
+                times[setting] = scan_ms(scan, inputs, "cuda")[1]
+            except Exception as error:  # more shared memory than there is
+                print(f"{dtype} {name} {setting}: {type(error).__name__}")
+        best = min(times, key=times.get)
+        print(f"{dtype} {name}: {times[before[column]]:.3f} ms with {before[column]}, {times[best]:.3f} ms with {best}")
+        scan_kernel.SETTINGS[name] = tuple(best if i == column else before[i] for i in range(2))
+    print("\nSETTINGS = " + repr(scan_kernel.SETTINGS))
+    return report | {"settings": scan_kernel.SETTINGS}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", help="build every kernel and report; needs Triton, no GPU")
+    parser.add_argument("--sweep", action="store_true", help="time other launch settings; needs a GPU")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, help="all for --compile, small otherwise (the first counts)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="bf16 and fp32; the benchmark: bf16 on a GPU, else fp32"
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="of --compile; all")
+    parser.add_argument(
+        "--tokens", type=int, help="b l of a benchmark, where l is not more (65536 on a GPU, else 2048)"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="l of a benchmark, in tokens (256 to 131072; CPU: to 4096)"
+    )
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    args.shapes = args.shapes or (list(SHAPES) if args.compile else ["small"])
+    args.dtypes = args.dtypes or (["bf16", "fp32"] if args.compile or args.sweep else ["bf16" if gpu else "fp32"])
+    args.tokens = args.tokens or (65536 if gpu else 2048)
+    args.lengths = args.lengths or [256, 512, 1024, 2048, 4096] + [8192, 16384, 32768, 65536, 131072] * gpu
+    print(json.dumps((compile_report if args.compile else sweep if args.sweep else benchmark)(args)))
