@@ -19,11 +19,10 @@ Dimensions, the same letters in every file:
 
 from __future__ import annotations
 
-import functools
-import itertools
 import os
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -188,9 +187,9 @@ def ssd_chunked(x, dt, A, B, C, init_state=None, chunk=64):
 #     group_grad    B' and C'. Each program sums over the heads of its group, in a fixed order: no atomics, equal bits.
 #
 # C B^T and L are made again wherever they are needed, never stored. The states between chunks are kept for the backward
-# pass (at n = 128, chunk = 64 twice the bytes of x; making them again would be a fourth launch), in x's dtype, in which
-# matrix products read them; what is carried along stays float32, like all sums. The gradients are two kernels, one of
-# them in two loops, because all at once they need more registers than there are (results/kernel_report.py --compile).
+# pass (making them again would be a fourth launch), in x's dtype, in which matrix products read them; what is carried
+# along stays float32, like all sums. The gradients are two kernels, one of them in two loops, because all at once they
+# need more registers than there are (results/kernel_report.py --compile).
 #
 # To a kernel x is a matrix of b l rows and h p columns, B and C have g n columns, a state has h p rows and n columns.
 # Q is a chunk, P and N are tiles of p and n. Rows past the end load as zeros: with dt = 0 they neither decay nor write.
@@ -257,13 +256,12 @@ def output_kernel(
 ):  # fmt: skip
     tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
     cols_x = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
-    rows_state = chunk * (H * P_ALL) + cols_x  # [P]
     CB, y = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, P), tl.float32)
     for n in range(0, N_ALL, N):
         cols_n = n + tl.arange(0, N)  # [N]
         B = _load(B_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
         C = _load(C_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
-        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
+        S = tl.load(states_ptr + (chunk * (H * P_ALL) + cols_x)[:, None] * N_ALL + cols_n[None, :])  # [P, N]
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
         y = tl.dot(C, tl.trans(S), y, input_precision=PRECISION)
     dt, from_start, _, _, L = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
@@ -305,8 +303,8 @@ def inputs_grad_kernel(
     # the sums of a' in the order of the derivation; all are linear in x and y', so that tiles of p just add up
     da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read * from_start, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + across * tl.sum(carried, 0)
-    ddt = tl.sum(x * du, 1) + tl.load(A_ptr + head) * da  # [Q]
     tl.store(dx_ptr + rows[:, None] * (H * P_ALL) + cols_x[None, :], du * dt[:, None], mask=inside[:, None])
+    ddt = tl.sum(x * du, 1) + tl.load(A_ptr + head) * da  # [Q]
     tl.store(ddt_ptr + (rows * H + head) * (P_ALL // P) + tile, ddt, mask=inside)
     tl.store(dA_ptr + (chunk * H + head) * (P_ALL // P) + tile, tl.sum(dt * da, 0))
 
@@ -318,13 +316,12 @@ def group_grad_kernel(
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group, chunk, rows, inside = _where_am_i(l, chunks, G, N_ALL // N, Q)
-    first_col = group * (H // G * P_ALL)  # of x: the group's heads are next to each other
     cols_n = tile * N + tl.arange(0, N)  # [N]
     # inside the chunk: E, summed over the heads and the tiles of p, then one product for all of them
     E = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
     for p in range(0, H // G * P_ALL, P):
-        cols_x = first_col + p + tl.arange(0, P)  # [P]
-        dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, (first_col + p) // P_ALL, inside, H, Q)
+        cols_x = group * (H // G * P_ALL) + p + tl.arange(0, P)  # [P]
+        dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
         x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
         dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
         E += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * L
@@ -334,8 +331,8 @@ def group_grad_kernel(
     dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)  # [Q, N]
     # from and to the states
     for p in range(0, H // G * P_ALL, P):
-        cols_x = first_col + p + tl.arange(0, P)  # [P]
-        dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, (first_col + p) // P_ALL, inside, H, Q)
+        cols_x = group * (H // G * P_ALL) + p + tl.arange(0, P)  # [P]
+        dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
         x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
         dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
         offs_state = (chunk * (H * P_ALL) + cols_x)[:, None] * N_ALL + cols_n[None, :]  # [P, N]
@@ -371,29 +368,30 @@ def _launch(kernel, programs, x, B, chunk, *args, **flags):
         )  # fmt: skip
 
 
+def _states(x, dt, B, chunk):
+    b, l, h, p, n = *x.shape, B.shape[3]
+    return x.new_empty(b, -(-l // chunk), h, p, n), dt.new_empty(b, h, p, n)
+
+
 def _walk(x, dt, A, B, first, chunk, reverse=False):
-    (b, l, h, p), n = x.shape, B.shape[3]
-    states, last = x.new_empty(b, -(-l // chunk), h, p, n), dt.new_empty(b, h, p, n)
+    states, last = _states(x, dt, B, chunk)
     args = (x, dt, A, B, states, first if first is None else first.contiguous(), last)
-    _launch(walk_kernel, lambda tiles_p, tiles_n: h * tiles_p * tiles_n, x, B, chunk, *args, REVERSE=reverse)
+    programs = lambda tiles_p, tiles_n: x.shape[2] * tiles_p * tiles_n
+    _launch(walk_kernel, programs, x, B, chunk, *args, REVERSE=reverse)
     return states, last
 
 
 def _as_matrices(*tensors):
     """The same numbers, all with one distance between rows, and no gaps within a row or between batch rows."""
-    strides = tensors[0].stride()
-    _, l, _, width = tensors[0].shape
+    (_, l, _, width), strides = tensors[0].shape, tensors[0].stride()
     fits = strides[2:] == (width, 1) and strides[0] == l * strides[1] and all(t.stride() == strides for t in tensors)
     return tensors if fits else tuple(t.contiguous() for t in tensors)
 
 
-TYPES = "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
-
-
-@torch.library.custom_op(  # an operator: what torch.compile and autograd do not look into
-    "ssd::forward", mutates_args=(), schema=TYPES + "Tensor? init_state, int chunk) -> (Tensor, Tensor, Tensor)"
-)
-def _forward(x, dt, A, B, C, init_state, chunk):
+@torch.library.custom_op("ssd::forward", mutates_args=())  # what torch.compile and autograd do not look into
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, final_state, and the state before each chunk."""
     (x,), (B, C), dt = _as_matrices(x), _as_matrices(B, C), dt.contiguous()
     states, final_state = _walk(x, dt, A, B, init_state, chunk)
@@ -402,16 +400,10 @@ def _forward(x, dt, A, B, C, init_state, chunk):
     return y, final_state, states
 
 
-@_forward.register_fake
-def _(x, dt, A, B, C, init_state, chunk):
-    (b, l, h, p), n = x.shape, B.shape[3]
-    return x.new_empty(x.shape), dt.new_empty(b, h, p, n), x.new_empty(b, -(-l // chunk), h, p, n)
-
-
-@torch.library.custom_op(
-    "ssd::backward", mutates_args=(), schema=TYPES + "Tensor states, Tensor? dy, Tensor? dS, int chunk) -> Tensor[]"
-)
-def _backward(x, dt, A, B, C, states, dy, dS, chunk):
+@torch.library.custom_op("ssd::backward", mutates_args=())
+def _backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, dy: Tensor | None, dS: Tensor | None, chunk: int
+) -> list[Tensor]:  # fmt: skip
     """The gradients of x, dt, A, B, C and init_state."""
     (x,), (B, C), dt = _as_matrices(x), _as_matrices(B, C), dt.contiguous()
     dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
@@ -426,11 +418,6 @@ def _backward(x, dt, A, B, C, states, dy, dS, chunk):
     return [dx, ddt.sum(3), dA.sum((0, 1, 3)), dB, dC, dinit_state]
 
 
-@_backward.register_fake
-def _(x, dt, A, B, C, states, dy, dS, chunk):
-    return [t.new_empty(t.shape) for t in (x, dt, A, B, C)] + [dt.new_empty(states[:, 0].shape)]
-
-
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.has_init, ctx.chunk = inputs[5] is not None, inputs[6]
@@ -443,13 +430,16 @@ def _gradients(ctx, dy, dfinal_state, _):
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_fake(
+    lambda x, dt, A, B, C, init_state, chunk: (x.new_empty(x.shape), *_states(x, dt, B, chunk)[::-1])
+)
+_backward.register_fake(lambda x, dt, A, B, C, states, dy, dS, chunk: [
+    t.new_empty(t.shape) for t in (x, dt, A, B, C, states[:, 0].float())])  # fmt: skip
 
 
 def ssd_triton(x, dt, A, B, C, init_state=None, chunk=64):
     """The chunked scan in Triton. Arguments and results of `ssd`, within what `triton_needs` allows."""
-    chunk = max(
-        16, min(chunk, 64 if x.dtype == torch.float32 else 128)
-    )  # the least a product takes, the most that fits
+    chunk = max(16, min(chunk, 64 if x.dtype == torch.float32 else 128))  # what products need, what registers hold
     return _forward(x, dt.float(), A.float(), B, C, init_state, chunk)[:2]
 
 
@@ -515,21 +505,20 @@ def ssd(x, dt, A, B, C, init_state=None, chunk=64, backend=None):
 
 if __name__ == "__main__":  # every backend that this machine can run, against the recurrence in float64
     torch.manual_seed(0)
-    device, names = "cuda" if torch.cuda.is_available() else "cpu", ("y", "final_state", *"x' dt' A' B' C' S'".split())
+    device, worst = "cuda" if torch.cuda.is_available() else "cpu", 0
     shapes = (2, 131, 4, 64), (2, 131, 4), (4,), (2, 131, 2, 128), (2, 131, 2, 128), (2, 4, 64, 128)
     x, dt, A, B, C, S = (torch.randn(shape, device=device) for shape in shapes)
-    worst = 0
-    for backend, (dtype, limit) in itertools.product(BACKENDS, ((torch.float32, 2e-5), (torch.float16, 5e-3))):
-        if backend == "triton" and triton_needs(x, B):
-            continue
-        inputs = x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S
-        results = []
-        for scan, wide in ((ssd_loop, torch.float64), (functools.partial(ssd, backend=backend), None)):
-            tensors = [t.detach().to(wide or t.dtype).requires_grad_() for t in inputs]
-            outputs = scan(*tensors)
-            results.append((*outputs, *torch.autograd.grad(outputs, tensors, [torch.ones_like(t) for t in outputs])))
-        errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*results)]
-        print(f"{backend:7}{str(dtype)[6:]:8}", *(f"{name} {error:.1e} " for name, error in zip(names, errors)))
-        worst = max(worst, *(error / limit for error in errors))
-    print(f"on {device}: the largest error is {worst:.2f} of what is allowed")
-    raise SystemExit(worst >= 1)
+    print("relative errors of     y        final    x'       dt'      A'       B'       C'       init'")
+    for backend in ["torch"] + ["triton"] * (triton_needs(x, B) is None):
+        for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
+            inputs = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S]
+            results = []
+            for scan, to in ((ssd_loop, torch.double), (lambda *tensors: ssd(*tensors, backend=backend), None)):
+                tensors = [t.to(to or t.dtype).detach().requires_grad_() for t in inputs]
+                out = scan(*tensors)
+                results.append((*out, *torch.autograd.grad(out, tensors, [torch.ones_like(t) for t in out])))
+            errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*results)]
+            print(f"{backend:7} {str(dtype)[6:]:15}" + "  ".join(f"{error:.1e}" for error in errors))
+            worst = max(worst, max(errors) / limit)
+    print(f"the largest is {worst:.3f} of what is allowed")
+    raise SystemExit(not worst < 1)
