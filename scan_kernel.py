@@ -10,6 +10,7 @@ the next batch starts from. Both are arguments like any other here: gradients fl
 
     ssd_loop      the two lines above, token by token: slow and obvious, the reference of every test
     ssd_chunked   the same numbers from matrix products over chunks of tokens, in plain torch: the path of a CPU
+    ssd_triton    the same again, in kernels written here: the path of a GPU
     ssd           what the model calls: checks its arguments and picks one
 
 Dimensions, the same letters in every file:
@@ -30,6 +31,7 @@ try:
 except ImportError:  # Windows, macOS: torch alone
     triton = None
 jit = triton.jit if triton else lambda kernel: None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as Python, on a CPU: slow, for tests
 
 
 def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
@@ -186,14 +188,12 @@ def ssd_chunked(x, dt, A, B, C, init_state=None, chunk=64):
 #     inputs_grad   x', dt', A' and all of a', in parallel like output.
 #     group_grad    B' and C'. Each program sums over the heads of its group, in a fixed order: no atomics, equal bits.
 #
-# C B^T and L are made again wherever they are needed, never stored. The states between chunks are kept for the backward
-# pass (making them again would be a fourth launch), in x's dtype, in which matrix products read them; what is carried
-# along stays float32, like all sums. The gradients are two kernels, one of them in two loops, because all at once they
-# need more registers than there are (results/kernel_report.py --compile).
-#
+# C B^T and L are made again where they are needed. The states between chunks are kept for the backward pass (a fourth
+# launch otherwise), in x's dtype, as matrix products read them; what is carried along stays float32, like all sums. The
+# gradients are two kernels, one of them in two loops, because all at once they need more registers than there are.
 # To a kernel x is a matrix of b l rows and h p columns, B and C have g n columns, a state has h p rows and n columns.
 # Q is a chunk, P and N are tiles of p and n. Rows past the end load as zeros: with dt = 0 they neither decay nor write.
-# Program ids are 64 bits wide before anything is multiplied, so no offset wraps around at 2^31 elements.
+# Program ids are 64 bits wide before they are multiplied, so no offset wraps around at 2^31 elements.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -223,18 +223,18 @@ def _where_am_i(l, chunks, HEADS: tl.constexpr, TILES: tl.constexpr, Q: tl.const
 
 
 @jit
-def walk_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l, chunks, stride_x, stride_B,
-    REVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def walk_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l, chunks, stride_x, stride_B,
+        REVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+        Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, head, batch, rows, inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
     cols_x = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
     cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
     offs_state = cols_x[:, None] * N_ALL + cols_n[None, :]  # [P, N]
-    S = tl.zeros((P, N), tl.float32)  # [P, N]
-    if first_ptr is not None:
-        S += tl.load(first_ptr + batch * (H * P_ALL * N_ALL) + offs_state)
+    S = (
+        tl.zeros((P, N), tl.float32)
+        if first_ptr is None
+        else tl.load(first_ptr + batch * H * P_ALL * N_ALL + offs_state)
+    )
     for i in range(chunks):
         chunk = chunks - 1 - i if REVERSE else i
         tl.store(states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S)
@@ -249,11 +249,9 @@ def walk_kernel(
 
 
 @jit
-def output_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, y_ptr, l, chunks, stride_x, stride_B,
-    H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def output_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, y_ptr, l, chunks, stride_x, stride_B,
+        H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+        Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
     cols_x = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
     CB, y = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, P), tl.float32)
@@ -272,11 +270,9 @@ def output_kernel(
 
 
 @jit
-def inputs_grad_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dx_ptr, ddt_ptr, dA_ptr,
-    l, chunks, stride_x, stride_B, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def inputs_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dx_ptr, ddt_ptr, dA_ptr,
+        l, chunks, stride_x, stride_B, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+        Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
     cols_x = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
     rows_state = chunk * (H * P_ALL) + cols_x  # [P]
@@ -310,11 +306,9 @@ def inputs_grad_kernel(
 
 
 @jit
-def group_grad_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dB_ptr, dC_ptr,
-    l, chunks, stride_x, stride_B, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
-    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def group_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dB_ptr, dC_ptr,
+        l, chunks, stride_x, stride_B, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
+        Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, group, chunk, rows, inside = _where_am_i(l, chunks, G, N_ALL // N, Q)
     cols_n = tile * N + tl.arange(0, N)  # [N]
     # inside the chunk: E, summed over the heads and the tiles of p, then one product for all of them
@@ -329,7 +323,6 @@ def group_grad_kernel(
     C = _load(C_ptr, stride_B, rows, group * N_ALL + cols_n, inside)  # [Q, N]
     dC = tl.dot(E.to(B.dtype), B, input_precision=PRECISION)  # [Q, N]
     dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)  # [Q, N]
-    # from and to the states
     for p in range(0, H // G * P_ALL, P):
         cols_x = group * (H // G * P_ALL) + p + tl.arange(0, P)  # [P]
         dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
@@ -364,20 +357,14 @@ def _launch(kernel, programs, x, B, chunk, *args, **flags):
     with torch.cuda.device_of(x):
         kernel[(b * programs(p // tile_p, n // tile_n),)](
             *args, l, -(-l // chunk), x.stride(1), B.stride(1), H=h, G=g, P_ALL=p, N_ALL=n, Q=chunk, P=tile_p, N=tile_n,
-            PRECISION="tf32" if tf32 else "ieee", num_warps=warps, num_stages=stages, **flags,
-        )  # fmt: skip
-
-
-def _states(x, dt, B, chunk):
-    b, l, h, p, n = *x.shape, B.shape[3]
-    return x.new_empty(b, -(-l // chunk), h, p, n), dt.new_empty(b, h, p, n)
+            PRECISION="tf32" if tf32 else "ieee", num_warps=warps, num_stages=stages, **flags)  # fmt: skip
 
 
 def _walk(x, dt, A, B, first, chunk, reverse=False):
-    states, last = _states(x, dt, B, chunk)
+    (b, l, h, p), n = x.shape, B.shape[3]
+    states, last = x.new_empty(b, -(-l // chunk), h, p, n), dt.new_empty(b, h, p, n)
     args = (x, dt, A, B, states, first if first is None else first.contiguous(), last)
-    programs = lambda tiles_p, tiles_n: x.shape[2] * tiles_p * tiles_n
-    _launch(walk_kernel, programs, x, B, chunk, *args, REVERSE=reverse)
+    _launch(walk_kernel, lambda tiles_p, tiles_n: h * tiles_p * tiles_n, x, B, chunk, *args, REVERSE=reverse)
     return states, last
 
 
@@ -389,9 +376,8 @@ def _as_matrices(*tensors):
 
 
 @torch.library.custom_op("ssd::forward", mutates_args=())  # what torch.compile and autograd do not look into
-def _forward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None,
+             chunk: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, final_state, and the state before each chunk."""
     (x,), (B, C), dt = _as_matrices(x), _as_matrices(B, C), dt.contiguous()
     states, final_state = _walk(x, dt, A, B, init_state, chunk)
@@ -401,9 +387,8 @@ def _forward(
 
 
 @torch.library.custom_op("ssd::backward", mutates_args=())
-def _backward(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, dy: Tensor | None, dS: Tensor | None, chunk: int
-) -> list[Tensor]:  # fmt: skip
+def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Tensor, dy: Tensor | None,
+              dS: Tensor | None, chunk: int) -> list[Tensor]:  # fmt: skip
     """The gradients of x, dt, A, B, C and init_state."""
     (x,), (B, C), dt = _as_matrices(x), _as_matrices(B, C), dt.contiguous()
     dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
@@ -429,24 +414,23 @@ def _gradients(ctx, dy, dfinal_state, _):
     return *grads, dinit_state if ctx.has_init else None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
-_forward.register_fake(
-    lambda x, dt, A, B, C, init_state, chunk: (x.new_empty(x.shape), *_states(x, dt, B, chunk)[::-1])
-)
-_backward.register_fake(lambda x, dt, A, B, C, states, dy, dS, chunk: [
-    t.new_empty(t.shape) for t in (x, dt, A, B, C, states[:, 0].float())])  # fmt: skip
-
-
 def ssd_triton(x, dt, A, B, C, init_state=None, chunk=64):
     """The chunked scan in Triton. Arguments and results of `ssd`, within what `triton_needs` allows."""
     chunk = max(16, min(chunk, 64 if x.dtype == torch.float32 else 128))  # what products need, what registers hold
     return _forward(x, dt.float(), A.float(), B, C, init_state, chunk)[:2]
 
 
+_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_fake(lambda x, dt, A, B, C, init_state, chunk: (
+    x.new_empty(x.shape), dt.new_empty(x[:, 0].shape + B.shape[3:]),
+    x.new_empty(x.shape[0], -(-x.shape[1] // chunk), *x.shape[2:], B.shape[3])))  # fmt: skip
+_backward.register_fake(lambda x, dt, A, B, C, S, *_: [t.new_empty(t.shape) for t in (x, dt, A, B, C, S[:, 0].float())])
+BACKENDS = {"triton": ssd_triton, "torch": ssd_chunked}
+
+
 def triton_needs(x, B):
     """The first thing that keeps the kernels from these arguments: (argument, what it should be, what it is), or None."""
-    able = torch.cuda.get_device_capability(x.device) >= (8, 0) if x.is_cuda else x.device.type == "cpu" and (
-        os.environ.get("TRITON_INTERPRET") == "1")  # fmt: skip
+    able = torch.cuda.get_device_capability(x.device) >= (8, 0) if x.is_cuda else INTERPRETED and x.device.type == "cpu"
     checks = (
         (triton and able, "backend", "'torch' without Triton, a GPU of capability 8.0, TRITON_INTERPRET=1", "'triton'"),
         (x.dtype in (torch.float32, torch.bfloat16, torch.float16), "x", "32 or 16 bits wide for 'triton'", x.dtype),
@@ -454,9 +438,6 @@ def triton_needs(x, B):
         (B.shape[3] in (16, 32, 64, 128, 256), "n of B", "16, 32, 64, 128 or 256 for 'triton'", B.shape[3]),
     )
     return next((reason for fine, *reason in checks if not fine), None)
-
-
-BACKENDS = {"triton": ssd_triton, "torch": ssd_chunked}
 
 
 def ssd(x, dt, A, B, C, init_state=None, chunk=64, backend=None):
@@ -513,12 +494,11 @@ if __name__ == "__main__":  # every backend that this machine can run, against t
         for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
             inputs = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S]
             results = []
-            for scan, to in ((ssd_loop, torch.double), (lambda *tensors: ssd(*tensors, backend=backend), None)):
-                tensors = [t.to(to or t.dtype).detach().requires_grad_() for t in inputs]
-                out = scan(*tensors)
+            for scan, kwargs in ((ssd_loop, {}), (ssd, {"backend": backend})):
+                tensors = [(t if kwargs else t.double()).detach().requires_grad_() for t in inputs]
+                out = scan(*tensors, **kwargs)
                 results.append((*out, *torch.autograd.grad(out, tensors, [torch.ones_like(t) for t in out])))
             errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*results)]
             print(f"{backend:7} {str(dtype)[6:]:15}" + "  ".join(f"{error:.1e}" for error in errors))
             worst = max(worst, max(errors) / limit)
-    print(f"the largest is {worst:.3f} of what is allowed")
-    raise SystemExit(not worst < 1)
+    raise SystemExit(None if worst < 1 else f"{worst:.1f} times as large as is allowed")
