@@ -240,10 +240,10 @@ def walk_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l,
         tl.store(states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S)
         places = chunk * Q + tl.arange(0, Q)  # [Q]
         rows, inside = batch * l + places, places < l
-        dt, from_start, to_end, across, _ = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
+        dt, since, until, across, _ = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
         x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
         B = _load(B_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
-        x = (x * (from_start if REVERSE else to_end * dt)[:, None]).to(x.dtype)
+        x = (x * (since if REVERSE else until * dt)[:, None]).to(x.dtype)
         S = tl.dot(tl.trans(x), B, S * across, input_precision=PRECISION)  # 3, 4
     tl.store(last_ptr + batch * (H * P_ALL * N_ALL) + offs_state, S)
 
@@ -262,10 +262,10 @@ def output_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, y_ptr, l, chun
         S = tl.load(states_ptr + (chunk * (H * P_ALL) + cols_x)[:, None] * N_ALL + cols_n[None, :])  # [P, N]
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
         y = tl.dot(C, tl.trans(S), y, input_precision=PRECISION)
-    dt, from_start, _, _, L = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
+    dt, since, _, _, L = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
     x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
     W = (CB * L * dt[None, :]).to(x.dtype)  # [Q, Q]; with the dt of u = dt x, so that x enters the product as it is
-    y = tl.dot(W, x, y * from_start[:, None], input_precision=PRECISION)  # 1, 2
+    y = tl.dot(W, x, y * since[:, None], input_precision=PRECISION)  # 1, 2
     tl.store(y_ptr + rows[:, None] * (H * P_ALL) + cols_x[None, :], y, mask=inside[:, None])
 
 
@@ -289,15 +289,15 @@ def inputs_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_p
         du = tl.dot(B, tl.trans(dS), du, input_precision=PRECISION)
         read += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)  # y' . S C, without keeping S C
         carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-    dt, from_start, to_end, across, L = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
+    dt, since, until, across, L = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
     x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
     W = CB * L  # [Q, Q]
     paths = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * W  # W' o W [Q, Q]
-    du *= to_end[:, None]
+    du *= until[:, None]
     written = tl.sum(x * du, 1) * dt  # [Q]
     du = tl.dot(tl.trans(W.to(x.dtype)), dy, du, input_precision=PRECISION)
     # the sums of a' in the order of the derivation; all are linear in x and y', so that tiles of p just add up
-    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read * from_start, 0, reverse=True)  # [Q]
+    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read * since, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + across * tl.sum(carried, 0)
     tl.store(dx_ptr + rows[:, None] * (H * P_ALL) + cols_x[None, :], du * dt[:, None], mask=inside[:, None])
     ddt = tl.sum(x * du, 1) + tl.load(A_ptr + head) * da  # [Q]
@@ -315,7 +315,7 @@ def group_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_pt
     E = tl.zeros((Q, Q), tl.float32)  # [Q, Q]
     for p in range(0, H // G * P_ALL, P):
         cols_x = group * (H // G * P_ALL) + p + tl.arange(0, P)  # [P]
-        dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
+        dt, since, until, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
         x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
         dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
         E += tl.dot(dy, tl.trans(x), input_precision=PRECISION) * dt[None, :] * L
@@ -325,14 +325,12 @@ def group_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_pt
     dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)  # [Q, N]
     for p in range(0, H // G * P_ALL, P):
         cols_x = group * (H // G * P_ALL) + p + tl.arange(0, P)  # [P]
-        dt, from_start, to_end, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
+        dt, since, until, _, L = _decays(dt_ptr, A_ptr, rows, group * (H // G) + p // P_ALL, inside, H, Q)
         x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
         dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
-        offs_state = (chunk * (H * P_ALL) + cols_x)[:, None] * N_ALL + cols_n[None, :]  # [P, N]
-        dy = (dy * from_start[:, None]).to(dy.dtype)
-        x = (x * (to_end * dt)[:, None]).to(x.dtype)
-        dC = tl.dot(dy, tl.load(states_ptr + offs_state), dC, input_precision=PRECISION)
-        dB = tl.dot(x, tl.load(dstates_ptr + offs_state), dB, input_precision=PRECISION)
+        offs = (chunk * (H * P_ALL) + cols_x)[:, None] * N_ALL + cols_n[None, :]  # [P, N]
+        dC = tl.dot((dy * since[:, None]).to(dy.dtype), tl.load(states_ptr + offs), dC, input_precision=PRECISION)
+        dB = tl.dot((x * (until * dt)[:, None]).to(x.dtype), tl.load(dstates_ptr + offs), dB, input_precision=PRECISION)
     offs_out = rows[:, None] * (G * N_ALL) + group * N_ALL + cols_n[None, :]  # [Q, N]
     tl.store(dB_ptr + offs_out, dB, mask=inside[:, None])
     tl.store(dC_ptr + offs_out, dC, mask=inside[:, None])
@@ -348,8 +346,7 @@ for name, _, setting in (item.partition("=") for item in os.environ.get("SSD_SET
     SETTINGS[name] = (tuple(map(int, setting.split(","))),) * 2
 
 
-def _launch(kernel, programs, x, B, chunk, *args, **flags):
-    """Runs the kernel on b programs(tiles of p, tiles of n) programs."""
+def _launch(kernel, programs, x, B, chunk, *args, **flags):  # programs(tiles of p, tiles of n): for each batch row
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][x.element_size() // 4]
     tile_p, tile_n, warps = min(tile_p, p), min(tile_n, n), max(warps, chunk // 16)
@@ -492,8 +489,7 @@ if __name__ == "__main__":  # every backend that this machine can run, against t
     print("relative errors of     y        final    x'       dt'      A'       B'       C'       init'")
     for backend in ["torch"] + ["triton"] * (triton_needs(x, B) is None):
         for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
-            inputs = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S]
-            results = []
+            inputs, results = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S], []
             for scan, kwargs in ((ssd_loop, {}), (ssd, {"backend": backend})):
                 tensors = [(t if kwargs else t.double()).detach().requires_grad_() for t in inputs]
                 out = scan(*tensors, **kwargs)

@@ -15,8 +15,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, and only where there is no GPU
 
-import scan_kernel  # noqa: E402
-from scan_kernel import ssd, ssd_loop  # noqa: E402
+import scan_kernel
+from scan_kernel import ssd, ssd_loop
 
 pytestmark = pytest.mark.skipif(scan_kernel.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -65,10 +65,21 @@ def assert_close(reference, out, dtype, limit=None):
         assert ratio < (limit or LIMITS[dtype]) * (2 if name == "dA" and dtype == torch.float32 else 1), (name, ratio)
 
 
+def triton(chunk):
+    return lambda *tensors: ssd(*tensors, chunk=chunk, backend="triton")
+
+
+def run_python(command):
+    """Standard output of a process without the interpreter and without a GPU."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def check(inputs, dtype, loss="both", chunk=16):
     reference = results(ssd_loop, [t.double() for t in inputs], loss)
-    out = results(lambda *tensors: ssd(*tensors, chunk=chunk, backend="triton"), inputs, loss)
-    assert_close(reference, out, dtype)
+    assert_close(reference, results(triton(chunk), inputs, loss), dtype)
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
@@ -89,7 +100,7 @@ def test_triton_gradients_reach_everything_from_either_result(loss, init):
 @pytest.mark.parametrize("p, n, chunk", [(64, 128, 64), (64, 128, 128), (128, 256, 32), (32, 64, 16), (16, 32, 1)])
 def test_triton_matches_loop_with_every_launch_setting(p, n, chunk, dtype):
     """Each row of the table, at every chunk size and with tiles of p and n smaller than p and n."""
-    check(make_inputs(131 if chunk > 1 else 20, dtype, p, n, b=1), dtype, chunk=chunk)
+    check(make_inputs(chunk + 9, dtype, p, n, b=1), dtype, chunk=chunk)
 
 
 def test_triton_takes_views_into_one_projection_and_other_strides():
@@ -105,65 +116,60 @@ def test_triton_decays_never_overflow():
     """Huge dt A, and none at all: exp sees no positive number, and nothing becomes infinite or NaN."""
     x, dt, A, B, C, S = make_inputs(40)
     for factor in (0.0, 1e3):
-        assert all(t.isfinite().all() for t in results(
-            lambda *tensors: ssd(*tensors, backend="triton"), (x, dt * factor, A * 1e3, B, C, S)).values())  # fmt: skip
+        out = results(triton(64), (x, dt * factor, A * 1e3, B, C, S))
+        assert all(t.isfinite().all() for t in out.values())
 
 
 def test_triton_is_deterministic_and_carries_over():
-    """Two runs give the same bits; two halves with the state handed over equal the whole."""
+    """Two runs give the same bits; two parts with the state handed over equal the whole."""
     x, dt, A, B, C, S = make_inputs(48)
-    y, final_state = ssd(x, dt, A, B, C, S, chunk=16, backend="triton")
-    y1, S = ssd(x[:, :20], dt[:, :20], A, B[:, :20], C[:, :20], S, chunk=16, backend="triton")
-    y2, S = ssd(x[:, 20:], dt[:, 20:], A, B[:, 20:], C[:, 20:], S, chunk=16, backend="triton")
+    y, final_state = triton(16)(x, dt, A, B, C, S)
+    y1, S = triton(16)(x[:, :20], dt[:, :20], A, B[:, :20], C[:, :20], S)
+    y2, S = triton(16)(x[:, 20:], dt[:, 20:], A, B[:, 20:], C[:, 20:], S)
     assert_close({"y": y, "S": final_state}, {"y": torch.cat([y1, y2], 1), "S": S}, torch.float32)
-    runs = [results(lambda *tensors: ssd(*tensors, backend="triton"), make_inputs(20)) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values()))
+    first, second = (results(triton(16), make_inputs(20)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
 
 
 def test_triton_compiles_into_one_graph():
     """torch.compile(fullgraph=True) sees one operator: same results, same gradients, final_state's included."""
-    scan = lambda *tensors: ssd(*tensors, chunk=16, backend="triton")  # noqa: E731
-    inputs = make_inputs(33)
     for loss in ("both", "state"):
-        compiled = torch.compile(scan, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-        assert_close(results(scan, inputs, loss), results(compiled, inputs, loss), torch.float32, 1e-6)
+        compiled = torch.compile(triton(16), fullgraph=True, backend="inductor" if GPU else "aot_eager")
+        inputs = make_inputs(33)
+        assert_close(results(triton(16), inputs, loss), results(compiled, inputs, loss), torch.float32, 1e-6)
 
 
 def test_triton_refuses_by_name():
     """What the kernels cannot take is a ValueError that names the argument; left to choose, ssd takes torch for it."""
-    for inputs, name in ((make_inputs(4, p=8), "p of x"), (make_inputs(4, n=8), "n of B")):
-        with pytest.raises(ValueError, match=f"{name} should be 16, "):
-            ssd(*inputs, backend="triton")
+    for inputs, message in (
+        (make_inputs(4, p=8), "p of x should be 16, "),
+        (make_inputs(4, n=8), "n of B should be 16, "),
+        ([t.double() for t in make_inputs(4)], "x should be 32 or 16 bits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton(16)(*inputs)
         ssd(*inputs)
-    with pytest.raises(ValueError, match="x should be 32 or 16 bits"):
-        ssd(*(t.double() for t in make_inputs(4)), backend="triton")
-    code = "import torch; from scan_kernel import ssd; o = torch.ones(1, 1, 1, 16); ssd(o, o[..., 0], o[0, 0, 0, :1], o, o, backend='triton')"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                         env=os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
-    assert "backend should be 'torch'" in out.stderr
+    code = (
+        "import torch, scan_kernel; print(scan_kernel.triton_needs(torch.ones(1, 1, 1, 16), torch.ones(1, 1, 1, 16)))"
+    )
+    assert "backend" in run_python(["-c", code]), "without the interpreter a CPU cannot run the kernels"
 
 
 def test_triton_offsets_past_2_31_elements():
-    """y of the last batch row lies past 2^31 elements of an x that is mostly never touched, and is right."""
-    l, row = 17, 2**27 + 16  # 17 rows 2^27 elements apart; memory is taken only where it is written
-    big = torch.empty(0, dtype=torch.float16, device=DEVICE)
-    torch.use_deterministic_algorithms(False)
-    big = torch.empty(l * row, dtype=torch.float16, device=DEVICE)
-    x, dt, A, B, C, S = make_inputs(l, torch.float16, b=1)
-    far = big.as_strided(x.shape, (l * row, row, 16, 1))
-    far.copy_(x)
-    check((far, dt, A, B, C, S), torch.float16)
+    """Rows of x further than 2^31 elements from the first: memory that is never touched takes no room."""
+    torch.use_deterministic_algorithms(False)  # that would fill all of it
+    x, dt, A, B, C, S = make_inputs(17, torch.float16, b=1)
+    row = 2**27 + 16  # elements; the last row lies past 2^31
+    far = torch.empty(17 * row, dtype=torch.float16, device=DEVICE).as_strided(x.shape, (17 * row, row, 16, 1))
+    check((far.copy_(x), dt, A, B, C, S), torch.float16)
 
 
 def test_kernels_compile_for_gpus_that_are_not_here():
-    """bf16, p 64, n 128, chunk 64: no spills on sm_80 and sm_90, a tensor-core instruction a product, shared memory
-    that consumer GPUs have; fp32: no product rounded to tf32."""
-    command = "results/kernel_report.py --compile --shapes small --targets sm_80 sm_90 gfx942".split()
-    out = subprocess.run([sys.executable, *command], capture_output=True, text=True,
-                         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})  # fmt: skip
-    assert out.returncode == 0, out.stderr
-    rows = json.loads(out.stdout.splitlines()[-1])["kernels"]
-    assert len(rows) == 2 * 3 * 4
+    """bf16, p 64, n 128, chunk 64: no spills on sm_80 and sm_90, a tensor-core instruction for every product, shared
+    memory that consumer GPUs have; fp32: no product rounded to tf32."""
+    command = ["results/kernel_report.py", "--compile", "--shapes", "small", "--targets", "sm_80", "sm_90", "gfx942"]
+    rows = json.loads(run_python(command).splitlines()[-1])["kernels"]
+    assert len(rows) == 2 * 3 * 5
     for row in rows:
         assert row["shared"] <= (65536 if row["target"] == "gfx942" else 101376), row
         assert row["tf32"] == 0, row
