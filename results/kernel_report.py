@@ -8,6 +8,7 @@ The last line of each is one JSON object. results/kernel_compile.txt is the outp
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -212,27 +213,19 @@ def scan_ms(scan, inputs, device):
 
 
 def others():
-    """The same scan by mamba_ssm and by fla, where they are installed."""
+    """The same scan by mamba_ssm and by fla, where they are installed (fla takes B and C for every head, and S^T)."""
     found = {}
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    with contextlib.suppress(ImportError):
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as mamba
 
-        found["mamba_ssm"] = lambda x, dt, A, B, C, S: mamba_chunk_scan_combined(
-            x, dt, A, B, C, chunk_size=256, initial_states=S, return_final_states=True
-        )
-    except ImportError:
-        pass
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
+        options = {"chunk_size": 256, "return_final_states": True}
+        found["mamba_ssm"] = lambda x, dt, A, B, C, S: mamba(x, dt, A, B, C, initial_states=S, **options)
+    with contextlib.suppress(ImportError):
+        from fla.ops.simple_gla import chunk_simple_gla as gla
 
-        def gla(x, dt, A, B, C, S):  # it takes B and C for every head, and states with n before p
-            k, q = (t.repeat_interleave(x.shape[2] // t.shape[2], 2) for t in (B, C))
-            return chunk_simple_gla(q, k, x * dt[..., None].to(x), dt * A, scale=1.0, initial_state=S.mT,
-                                    output_final_state=True)  # fmt: skip
-
-        found["fla"] = gla
-    except ImportError:
-        pass
+        heads = lambda t, x: t.repeat_interleave(x.shape[2] // t.shape[2], 2)
+        found["fla"] = lambda x, dt, A, B, C, S: gla(heads(C, x), heads(B, x), x * dt[..., None].to(x.dtype), dt * A,
+            scale=1.0, initial_state=S.mT.contiguous(), output_final_state=True)  # fmt: skip
     return found
 
 
@@ -242,9 +235,10 @@ def benchmark(args):
     h, p, g, n, chunk = SHAPES[args.shapes[0]]
     dtype = args.dtypes[0]
     scans = {k: functools.partial(scan_kernel.ssd, chunk=chunk, backend=k) for k in ("triton", "torch")}
-    scans |= {"loop": scan_kernel.ssd_loop} if device == "cpu" else others()
     if device == "cpu":
-        del scans["triton"]
+        scans = {"torch": scans["torch"], "loop": scan_kernel.ssd_loop}
+    else:
+        scans |= others()
     square = torch.randn(2048, 2048, device=device).to(DTYPES[dtype])
     report = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -269,7 +263,7 @@ def benchmark(args):
         inputs = make_inputs(b, l, h, p, g, n, DTYPES[dtype], device)
         for name, scan in scans.items():
             if name == "loop" and l > 512:
-                continue
+                continue  # minutes
             forward, both = scan_ms(scan, inputs, device)
             row = {"b": b, "l": l, "scan": name, "forward_ms": forward, "both_ms": both}
             row |= {"gbs": least * b * l / forward / 1e6, "tflops": flops * b * l / both / 1e9}
@@ -295,7 +289,7 @@ def sweep(args):
             scan_kernel.SETTINGS[name] = (setting, setting)
             try:
                 times[setting] = scan_ms(scan, inputs, "cuda")[1]
-            except Exception as error:  # more shared memory than there is
+            except RuntimeError as error:  # more shared memory than there is
                 print(f"{dtype} {name} {setting}: {type(error).__name__}")
         best = min(times, key=times.get)
         print(f"{dtype} {name}: {times[before[column]]:.3f} ms with {before[column]}, {times[best]:.3f} ms with {best}")
