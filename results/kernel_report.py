@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -41,6 +42,12 @@ TARGETS = {
     "sm_120": ("cuda", 120, 32, 48, 100, 1),
     "gfx942": ("hip", "gfx942", 64, 32, 64, 0),
 }
+
+HEAD = """Kernels for b = 1, l = 2048, built by triton {}. Registers and spilled bytes of a thread; shared memory of a program;
+tensor-core instructions / matrix products in the code; warps in flight over the most there can be, estimated; bytes that
+all programs together load and store over the least (each tensor once).
+
+shape       dtype target  kernel              P   N warps  registers spilled  shared  tensor/products warps   bytes"""
 
 
 def make_inputs(b, l, h, p, g, n, dtype, device="cpu"):
@@ -68,16 +75,10 @@ class Recorder:
 def record(shape, dtype, b=1, l=2048):
     """The launches of one forward and backward pass, as (kernel, grid, args, kwargs)."""
     calls, (h, p, g, n, chunk) = [], shape
-    kernels = {name: getattr(scan_kernel, name) for name in KERNELS}
-    try:
-        for name, kernel in kernels.items():
-            setattr(scan_kernel, name, Recorder(kernel, calls))
+    with mock.patch.multiple(scan_kernel, **{k: Recorder(getattr(scan_kernel, k), calls) for k in KERNELS}):
         inputs = make_inputs(b, l, h, p, g, n, dtype)
-        y, final_state = scan_kernel.ssd_triton(*inputs, chunk=chunk)
-        torch.autograd.grad((y, final_state), inputs, (torch.zeros_like(y), torch.zeros_like(final_state)))
-    finally:
-        for name, kernel in kernels.items():
-            setattr(scan_kernel, name, kernel)
+        outputs = scan_kernel.ssd_triton(*inputs, chunk=chunk)
+        torch.autograd.grad(outputs, inputs, [torch.zeros_like(t) for t in outputs])
     return calls
 
 
@@ -155,15 +156,7 @@ def traffic(call):
 
 def compile_report(args):
     """Prints a row for each kernel, shape, type and target; returns the rows."""
-    print(
-        f"Built for b = 1, l = 2048 with triton {scan_kernel.triton.__version__}. A thread's registers and spilled bytes, shared memory"
-    )
-    print(
-        "of a program, tensor-core instructions and matrix products in the code, warps in flight over the most there can be"
-    )
-    print("(estimated), bytes loaded and stored by all programs together over the least: each tensor once.\n")
-    head = "shape       dtype target  kernel              P   N warps  registers spilled  shared  tensor/products warps   bytes"
-    print(head)
+    print(HEAD.format(scan_kernel.triton.__version__))
     rows = []
     for name, dtype in itertools.product(args.shapes, args.dtypes):
         for call, target in itertools.product(record(SHAPES[name], DTYPES[dtype]), args.targets):
@@ -239,23 +232,16 @@ def benchmark(args):
         scans = {"torch": scans["torch"], "loop": scan_kernel.ssd_loop}
     else:
         scans |= others()
-    square = torch.randn(2048, 2048, device=device).to(DTYPES[dtype])
-    report = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "shape": args.shapes[0],
-        "dtype": dtype,
-    }
+    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    square, big = torch.randn(2048, 2048, device=device).to(DTYPES[dtype]), torch.empty(2**24, device=device)
+    report = {"device": where, "shape": args.shapes[0], "dtype": dtype}
     report["matmul_tflops"] = 2 * 2048**3 / median_ms(lambda: square @ square, device) / 1e9
-    big = torch.empty(2**28 if device == "cuda" else 2**24, device=device)
-    report["copy_gbs"] = 8 * big.numel() / median_ms(lambda: big.clone(), device) / 1e6
-    print(
-        "{device}, {shape}, {dtype}: torch.matmul {matmul_tflops:.2f} TFLOP/s, copy {copy_gbs:.0f} GB/s".format(
-            **report
-        )
-    )
+    report["copy_gbs"] = 8 * big.numel() / median_ms(big.clone, device) / 1e6
+    print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else value for key, value in report.items()))
     print("      b       l  scan         forward ms   and backward ms   GB/s forward (least bytes)   TFLOP/s (both)")
-    least = sum(traffic(call)[1] for call in record(SHAPES[args.shapes[0]], DTYPES[dtype])[:2]) / 2048
-    # a token of a head: C B^T and W u, then u^T B and C S^T; backward the same once more and twice their gradients
+    # bytes a token: x, B twice, C, y, and the states once written, once read
+    least = DTYPES[dtype].itemsize * (3 * h * p + 3 * g * n + 2 * h * p * n / chunk)
+    # products a token: C B^T, W u, u^T B and C S^T; then these again, and twice each of them for the gradients
     flops = 2 * h * ((chunk * n + chunk * p + 2 * n * p) + (chunk * n + 3 * chunk * p + 5 * n * p))
     report["times"] = []
     for l in args.lengths:
@@ -268,10 +254,7 @@ def benchmark(args):
             row = {"b": b, "l": l, "scan": name, "forward_ms": forward, "both_ms": both}
             row |= {"gbs": least * b * l / forward / 1e6, "tflops": flops * b * l / both / 1e9}
             report["times"].append(row)
-            print(
-                "{b:7}{l:8}  {scan:10}{forward_ms:13.3f}{both_ms:18.3f}{gbs:29.1f}{tflops:17.2f}".format(**row),
-                flush=True,
-            )
+            print("{b:7}{l:8}  {scan:10}{forward_ms:13.3f}{both_ms:18.3f}{gbs:29.1f}{tflops:17.2f}".format(**row))
     return report
 
 
@@ -302,19 +285,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="build every kernel and report; needs Triton, no GPU")
     parser.add_argument("--sweep", action="store_true", help="time other launch settings; needs a GPU")
-    parser.add_argument(
-        "--shapes", nargs="+", choices=SHAPES, help="all for --compile, small otherwise (the first counts)"
-    )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, help="bf16 and fp32; the benchmark: bf16 on a GPU, else fp32"
-    )
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="of --compile; all")
-    parser.add_argument(
-        "--tokens", type=int, help="b l of a benchmark, where l is not more (65536 on a GPU, else 2048)"
-    )
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", help="l of a benchmark, in tokens (256 to 131072; CPU: to 4096)"
-    )
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="all for --compile, else small (only one counts)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="bf16 and fp32; for times on a CPU fp32, else bf16")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs of --compile; all")
+    parser.add_argument("--tokens", type=int, help="b l of the times, if l is not more (65536 on a GPU, 2048 on a CPU)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="l of the times, in tokens (256 to 131072, or to 4096)")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     args.shapes = args.shapes or (list(SHAPES) if args.compile else ["small"])
