@@ -139,7 +139,7 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
 
     def flag(group, name, text, **kwargs):
-        default = DEFAULTS.get(name, ", ".join(f"{preset} {values.get(name)}" for preset, values in PRESETS.items()))
+        default = DEFAULTS.get(name, " · ".join(f"{preset} {values.get(name)}" for preset, values in PRESETS.items()))
         after = f"; with --init_from {POST_TRAINING[name]}" if name in POST_TRAINING else ""
         group.add_argument(f"--{name}", help=f"{text} [{default}{after}]", **kwargs)
 
