@@ -584,10 +584,10 @@ def weights(run):
     return torch.load(f"{run}/ckpt.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("mode", train.INIT_STATES)
-def test_resumed_run_equals_uninterrupted_one(work, mode, monkeypatch):
+@pytest.mark.parametrize("mode,compiled", [*((mode, "off") for mode in train.INIT_STATES), ("prev", "on")])
+def test_resumed_run_equals_uninterrupted_one(work, mode, compiled, monkeypatch):
     """Killed in step 8, resumed from the checkpoint of step 6: the weights and the log are those of an undisturbed run."""
-    flags = [f"--init_state={mode}", "--init_prob=0.7", "--steps=12", "--save_every=3"]
+    flags = [f"--init_state={mode}", "--init_prob=0.7", "--steps=12", "--save_every=3", f"--compile={compiled}"]
     assert run_train(work, *flags, "--out=whole") == 0
     observe, calls = train.InitialState.observe, []
 
