@@ -56,8 +56,8 @@ PRESETS = {
               "seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},
 }  # fmt: skip
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
-            "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0], "noise_std": 0.1,
-            "init_prob": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
+            "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0],
+            "noise_std": 0.1, "init_prob": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
 POST_TRAINING = {"steps": 300, "lr": 1e-3, "init_prob": 0.9}  # with --init_from
 MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 
@@ -83,18 +83,19 @@ class InitialState:
     def draw(self, model, b, step):
         if self.mode == "zero":
             return None
-        config = model.config
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)  # the same after a resume
-        conv, ssm = zip(*model.zero_state(b))
+        conv, ssm = (list(parts) for parts in zip(*model.zero_state(b)))  # ssm: each (b, h, p, n)
         if self.mode in ("noise", "fitted"):
-            noise = torch.randn(config.n_layer, *ssm[0].shape, generator=generator, device=self.device)
-            if self.mode == "noise":
-                ssm = list(self.noise_std * noise)
-            else:
-                mean, square = (torch.stack(self.memory[name])[:, None, :, None, None] for name in ("mean", "square"))
-                ssm = list(mean + (square - mean**2).clamp(min=0).sqrt() * noise)  # mean (layer, 1, h, 1, 1)
-        ssm = self.memory.get("ssm", ssm)
-        conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * config.n_layer
+            ssm = [torch.randn(t.shape, generator=generator, device=self.device) for t in ssm]
+        if self.mode == "noise":
+            ssm = [self.noise_std * t for t in ssm]
+        elif self.mode == "fitted":
+            for i, (mean, square) in enumerate(zip(self.memory["mean"], self.memory["square"])):  # each (h)
+                std = (square - mean**2).clamp(min=0).sqrt()
+                ssm[i] = mean[:, None, None] + std[:, None, None] * ssm[i]
+        else:  # zero before the first step
+            ssm = self.memory.get("ssm", ssm)
+        conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * len(ssm)
         if self.init_prob < 1:  # the other sequences start from zero
             kept = torch.rand(b, generator=generator, device=self.device) < self.init_prob
             ssm = [t * kept[:, None, None, None] for t in ssm]
@@ -150,9 +151,7 @@ def make_parser():
     group = parser.add_argument_group("the run")
     group.add_argument("--out", help="folder of the run [out/<init_state>]")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
-    flag(
-        group, "init_from", "start from the weights of this run, with its architecture, T and tokenizer", metavar="RUN"
-    )
+    flag(group, "init_from", "start from this run's weights, with its architecture, T and tokenizer", metavar="RUN")
     flag(group, "preset", "defaults of size and training: tiny and mid for a CPU, small for a GPU", choices=PRESETS)
     flag(group, "steps", "optimizer steps", type=at_least(1))
     flag(group, "batch_size", "sequences a step", type=at_least(1))
@@ -162,12 +161,7 @@ def make_parser():
     flag(group, "dataset", "python (the standard library's sources), or a UTF-8 text file, or a folder of them")
     flag(group, "tokenizer", "byte, bpeN (N ids, learnt from the text), or gpt2 (downloaded once)")
     flag(group, "device", "auto, cpu, cuda, cuda:1, mps")
-    flag(
-        group,
-        "dtype",
-        "of the matrix products; auto: bfloat16 where it is fast",
-        choices=["auto", "float32", "bfloat16"],
-    )
+    flag(group, "dtype", "of matrix products; auto: bfloat16 if it is fast", choices=["auto", "float32", "bfloat16"])
     flag(group, "backend", "of the scan; auto: triton on a GPU", choices=["auto", "triton", "torch"])
     flag(group, "compile", "fuse each layer by torch.compile; auto: on a GPU, or where 2000 steps or more pay for it",
          choices=["auto", "on", "off"])  # fmt: skip
@@ -198,11 +192,8 @@ def resolve(given):
         args, fixed, why = checkpoint["args"], set(checkpoint["args"]) - {"out", "device", "backend"}, "--resume"
     else:
         model, checkpoint = None, None
-        if (
-            not benching
-            and out.exists()
-            and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()))
-        ):
+        taken = out.is_file() or out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+        if taken and not benching:
             raise ValueError(f"{out} is not empty: go on with its run by --resume, or name another folder with --out")
         args, fixed, why = DEFAULTS | PRESETS[given.get("preset", DEFAULTS["preset"])], set(), ""
         if "init_from" in given:
