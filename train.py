@@ -96,10 +96,10 @@ class InitialState:
         else:  # zero before the first step
             ssm = self.memory.get("ssm", ssm)
         conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * len(ssm)
-        if self.init_prob < 1:  # the other sequences start from zero
-            kept = torch.rand(b, generator=generator, device=self.device) < self.init_prob
-            ssm = [t * kept[:, None, None, None] for t in ssm]
-            conv = [t if t is None else t * kept[:, None, None] for t in conv]
+        # Always the same rows start from zero, so that the chains of the others grow as long as the training.
+        zeros = b - round(self.init_prob * b)
+        ssm = [torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in ssm] if zeros else ssm
+        conv = [t if t is None else torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in conv]
         return list(zip(conv, ssm))
 
     def observe(self, state):
