@@ -146,12 +146,12 @@ class Mamba2(nn.Module):
         conv, ssm = state
         z, xBC, dt = self.project(u)
         window = torch.cat([conv, xBC[:, None]], dim=1)  # (b, d_conv, conv_dim)
-        xBC = F.silu(torch.einsum("bwc,cw->bc", window, self.conv1d.weight[:, 0]) + self.conv1d.bias)
-        x, B, C = self.split_heads(xBC)
-        B, C = (t.repeat_interleave(self.config.nheads // self.config.ngroups, dim=1) for t in (B, C))  # (b, h, n)
-        decay = torch.exp(dt * -torch.exp(self.A_log))  # (b, h)
-        ssm = decay[..., None, None] * ssm + (dt[..., None] * x)[..., None] * B[:, :, None]  # (b, h, p, n)
-        y = (ssm @ C[..., None])[..., 0] + self.D[:, None] * x  # (b, h, p)
+        x, B, C = self.split_heads(F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias))
+        if self.config.ngroups > 1:
+            B, C = (t.repeat_interleave(self.config.nheads // self.config.ngroups, dim=1) for t in (B, C))
+        decay = torch.exp(dt * -torch.exp(self.A_log))[..., None, None]  # (b, h, 1, 1)
+        ssm = (decay * ssm).addcmul_((dt[..., None] * x)[..., None], B[:, :, None])  # (b, h, p, n)
+        y = torch.addcmul((ssm @ C[..., None])[..., 0], self.D[:, None], x)  # (b, h, p)
         return self.out_proj(self.norm(y.flatten(1), z)), (window[:, 1:], ssm)
 
 
