@@ -58,7 +58,7 @@ PRESETS = {
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
             "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0],
             "noise_std": 0.1, "init_prob": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
-POST_TRAINING = {"steps": 300, "lr": 1e-3, "init_prob": 0.9}  # with --init_from
+POST_TRAINING = {"steps": 500, "lr": 2e-3, "init_prob": 0.5}  # with --init_from
 MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 
 WARMUP, FINAL_LR = 0.1, 0.1  # shares: of the steps, of the peak; in between a cosine

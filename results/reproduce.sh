@@ -2,7 +2,7 @@
 # Failure and repair: a base model per seed, then the same post-training of it from each initial state, then perplexity
 # and excess up to 4,096 T.
 #
-#     bash results/reproduce.sh             three seeds
+#     bash results/reproduce.sh             three seeds, or those in SEEDS="0 1"
 #     bash results/reproduce.sh --quick     one seed, a shorter base and shorter texts
 #
 # Stop it whenever you like: the next call goes on. Runs are in out/reproduce, numbers and figure in results/length.
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --quick ]; then
     folder=quick base_steps=1000 seeds="0" length=8192
 else
-    folder=reproduce base_steps=4000 seeds="0 1 2" length=131072
+    folder=reproduce base_steps=4000 seeds="${SEEDS:-0 1 2}" length=131072
 fi
 
 run() { # run NAME FLAGS...: trains it, goes on with it, or finds that it is finished
