@@ -33,9 +33,8 @@ from tqdm import tqdm
 from data import load_corpus, load_tokenizer, tokenizer_json, write_whole
 from model import choose_device, load_run
 
-TOKENS_AT_ONCE = (
-    4096  # of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length
-)
+# Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
+TOKENS_AT_ONCE = 1024
 COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#0072B2", "tbtt": "#CC79A7"}
 
 
