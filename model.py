@@ -119,7 +119,7 @@ class Mamba2(nn.Module):
         out = self.conv1d.bias
         for i in range(self.config.d_conv):  # shifted products: faster on a CPU than its depthwise convolution
             out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
-        return F.silu(out).to(xBC.dtype), padded[:, l:].clone()
+        return F.silu(out).to(xBC.dtype), padded[:, l:].to(self.conv1d.weight.dtype, copy=True)
 
     def split_heads(self, xBC):
         """(..., conv_dim) -> x (..., h, p), B (..., g, n), C (..., g, n)"""
