@@ -124,13 +124,8 @@ def draw(path, results):
     for i, (name, rows) in enumerate(results.items()):
         t, color = [row["to"] for row in rows], COLORS.get(rows[0]["init_state"])
         same = sum(rows[0]["init_state"] == other[0]["init_state"] for other in list(results.values())[:i])
-        style = {
-            "color": color,
-            "marker": "o",
-            "markersize": 3,
-            "label": name,
-            "linestyle": ["-", "--", ":", "-."][same % 4],
-        }
+        style = {"color": color, "marker": "o", "markersize": 3, "label": name,
+                 "linestyle": ["-", "--", ":", "-."][same % 4]}  # fmt: skip
         axes[0].plot(t, [row["perplexity"] for row in rows], **style)
         axes[1].plot(t, [row["excess"] for row in rows], **style)
         error = np.array([[row["excess"], row["excess_se"] or 0] for row in rows])
@@ -203,12 +198,8 @@ def main(argv=None):
         else:
             model.config.backend = None if args.backend == "auto" else args.backend
             T = checkpoint["args"]["seq_len"]
-            facts = {
-                "run": run,
-                "init_state": checkpoint["args"]["init_state"],
-                "step": checkpoint["step"],
-                "seq_len": T,
-            }
+            facts = {"run": run, "init_state": checkpoint["args"]["init_state"], "step": checkpoint["step"],
+                     "seq_len": T}  # fmt: skip
             with tqdm(total=len(starts) * args.max_len, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
                 rows = evaluate(model, corpus.val, starts, args.max_len, T, bar)
             rows = [facts | settings | row for row in rows]

@@ -280,13 +280,13 @@ def bench(model, args, train_step, optimizer, autocast):
         return ssd(x.to(dtype), dt.abs(), A, B.to(dtype), C.to(dtype), S, c, config.backend)
 
     products = [
-        (1, b * T, d, inner + config.conv_dim + h),
-        (1, b * T, inner, d),  # in_proj, out_proj
-        (b * g * T // c, c, n, c),
-        (b * h * T // c, c, c, p),  # C B^T, its product by x
-        (b * g * T // c, h // g * p, c, n),
-        (b * g * T // c, c, n, h // g * p),
-    ] * L  # B^T x, C S
+        (1, b * T, d, inner + config.conv_dim + h),  # in_proj
+        (1, b * T, inner, d),  # out_proj
+        (b * g * T // c, c, n, c),  # C B^T
+        (b * h * T // c, c, c, p),  # its product by x
+        (b * g * T // c, h // g * p, c, n),  # B^T x
+        (b * g * T // c, c, n, h // g * p),  # C S
+    ] * L
     products.append((1, b * T, d, config.vocab_size))  # lm_head
     floor = [part(1, lambda x, y: [x @ y], (k, i, j), (k, j, l), autocast=bf16) for k, i, j, l in products]
     runs = {
@@ -390,11 +390,11 @@ def main(argv=None):
 
     def save(folder):
         content = {"config": asdict(config) | {"backend": None, "A_init_range": list(config.A_init_range)}, "args": args,
-                   "step": step, "tokens": step * b * T, **provenance(corpus), "model": model.state_dict(),
+                   "step": step, "tokens": step * b * T, **origin, "model": model.state_dict(),
                    "optimizer": optimizer.state_dict(), "init_state": init.memory}  # fmt: skip
         write_whole(folder / "ckpt.pt", lambda file: torch.save(content, file))
 
-    step, log = 0, out / "log.jsonl"
+    step, log, origin = 0, out / "log.jsonl", provenance(corpus)
     if resuming:
         step = checkpoint["step"]
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -422,7 +422,7 @@ def main(argv=None):
     else:
         made = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole: a run folder can always be resumed
         save(made)
-        facts = json.dumps({"argv": sys.argv, "args": args, **provenance(corpus)}, indent=2)
+        facts = json.dumps({"argv": sys.argv, "args": args, **origin}, indent=2)
         write_whole(made / "args.json", lambda file: file.write(facts.encode()))
         write_whole(made / "tokenizer.json", lambda file: file.write(tokenizer_json(corpus.tokenizer).encode()))
         if out.exists():
@@ -467,7 +467,8 @@ def main(argv=None):
                 file.write(json.dumps(row) + "\n")
             losses, times = [], []
         # Weights are finite, or the gradient above would not have been; a carried state may have outgrown float32.
-        if step % args["save_every"] == 0 and all(torch.isfinite(ssm).all() for _, ssm in state):
+        due = step % args["save_every"] == 0 and step < args["steps"]  # the last one comes after the loop
+        if due and all(torch.isfinite(ssm).all() for _, ssm in state):
             save(out)
     bar.close()
     save(out)
