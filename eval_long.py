@@ -3,6 +3,8 @@
     python eval_long.py out/zero out/prev                     a table, out/eval/results.jsonl and out/eval/perplexity.png
     python eval_long.py out/prev --max_len=131072             further: 4,096 T for the default model
     python eval_long.py out/prev --dataset=novel.txt          on (the held-out fifth of) another text
+    python eval_long.py out/zero out/prev --measure=remembrance       and why: how much of the past weighs on it,
+    python eval_long.py out/zero out/prev --measure=init_state        what a wrong state at the start costs
 
 Some positions happen to hold harder text than others, so each token is predicted twice by the same model:
 
@@ -35,65 +37,148 @@ from model import choose_device, load_run
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
 TOKENS_AT_ONCE = 1024
-COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#0072B2", "tbtt": "#CC79A7"}
+COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#0072B2", "tbtt": "#CC79A7",
+          "foreign": "#0072B2", "true": "#CC79A7"}  # fmt: skip
 
 
-def choose_starts(tokens, length, sequences, seed):
+def choose_starts(tokens, length, sequences, seed, most=16):
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
-    sequences None: as many as fit, at most 16. ValueError says what would fit."""
+    sequences None: as many as fit, at most `most`. ValueError says what would fit."""
     fit = len(tokens) // (length + 1)
     if fit < (sequences or 1):
-        raise ValueError(f"the held-out text has {len(tokens):,} tokens: {sequences or 1} x {length:,} do not fit. "
+        raise ValueError(f"the text to evaluate has {len(tokens):,} tokens: {sequences or 1} x {length:,} do not fit. "
                          f"--max_len={(len(tokens) // (sequences or 1)) - 1} would, or fewer --sequences")  # fmt: skip
-    sequences = sequences or min(fit, 16)
+    sequences = sequences or min(fit, most)
     slot = len(tokens) // sequences
     return np.arange(sequences) * slot + np.random.default_rng(seed).integers(slot - length, size=sequences)
 
 
+def read(tokens, places, device):
+    """tokens (a memory map) at `places` (...) -> ids (...), int64"""
+    return torch.from_numpy(tokens[places].astype(np.int64)).to(device)
+
+
+def mean_and_error(values):
+    """values (b), one for each sequence -> mean, standard error (None if there is only one)"""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Three measures. Each takes the model, the tokens, where the sequences begin, their length, T, and a bar to update, and
+# returns rows: dicts of plain values.
+
+
 @torch.inference_mode()
-def evaluate(model, tokens, starts, length, T, progress=None):
-    """Predicts tokens[start + 1 : start + 1 + length] for each start, as the docstring above says. -> a list of rows, one
-    for each bucket (from, to], with its number of tokens, means in nats/token and standard errors over the sequences."""
+def perplexity(model, tokens, starts, length, T, progress):
+    """Predicts tokens[start + 1 : start + 1 + length] for each start, as the docstring above says. -> a row for each
+    bucket (from, to], with its number of tokens, means in nats/token and standard errors over the sequences, and the
+    standard deviations of the state after `to` tokens: of the whole, and of each head, layer by layer."""
     half, b, device = T // 2, len(starts), model.lm_head.weight.device
     blocks = length // half  # all is counted in blocks of T/2 tokens; bucket i holds the blocks 2^i ... 2^(i+1) - 1
     at_once = max(2, TOKENS_AT_ONCE // (b * half))
     full = torch.zeros(b, (blocks - 1).bit_length(), dtype=torch.float64)  # sums of nats in each bucket
-    restarted, window_nats, window_tokens, state = torch.zeros_like(full), 0.0, 0, None
+    restarted, window_nats, window_tokens, state, stds = torch.zeros_like(full), 0.0, 0, None, {}
 
-    def read(first_block, l):  # (b, l + 1) ids
-        places = starts[:, None] + first_block * half + np.arange(l + 1)
-        return torch.from_numpy(tokens[places].astype(np.int64)).to(device)
+    def read_blocks(begin, end):  # (b, l + 1) ids
+        return read(tokens, starts[:, None] + np.arange(begin * half, end * half + 1), device)
 
-    for i in range(0, blocks, at_once):
-        n_blocks = min(at_once, blocks - i)
-        idx = read(i, n_blocks * half)
+    begin = 0
+    while begin < blocks:
+        bucket = max(0, begin.bit_length() - 1)
+        end = min(begin + at_once, 2 << bucket, blocks)  # a segment lies in one bucket; block 0 is in none
+        idx = read_blocks(begin, end)
         nll, state = model.per_token_nll(idx[:, :-1], idx[:, 1:], state)
-        nll = nll.cpu().double().unflatten(1, (-1, half)).sum(-1)  # (b, n_blocks)
-        before = min(i, 1)  # the windows that end in this segment; the first of them begins one block before it
-        idx = read(i - before, (n_blocks + before) * half).unfold(1, T + 1, half)  # (b, windows, T + 1)
+        before = min(begin, 1)  # the windows that end in this segment; the first of them begins one block before it
+        idx = read_blocks(begin - before, end).unfold(1, T + 1, half)  # (b, windows, T + 1)
         window_nll = model.per_token_nll(idx[..., :-1].flatten(0, 1), idx[..., 1:].flatten(0, 1))[0].cpu().double()
         window_nats += window_nll.sum().item()
         window_tokens += window_nll.numel()
-        window_nll = window_nll.view(b, -1, T)[..., half:].sum(-1)  # (b, windows)
-        counted = torch.arange(max(i, 1), i + n_blocks)  # block 0 is in no bucket
-        bucket = counted.double().frexp().exponent - 1
-        full.index_add_(1, bucket, nll[:, -len(counted) :])
-        restarted.index_add_(1, bucket, window_nll)
-        if progress:
-            progress.update(b * n_blocks * half)
+        full[:, bucket] += nll[:, 0 if begin else half :].cpu().double().sum(1)
+        restarted[:, bucket] += window_nll.view(b, -1, T)[..., half:].sum((1, 2))
+        stds[bucket] = [torch.cat([ssm.flatten() for _, ssm in state]).std().item(),
+                        [[round(std, 5) for std in ssm.std((0, 2, 3)).tolist()] for _, ssm in state]]  # fmt: skip
+        progress.update(b * (end - begin) * half)
+        begin = end
     rows = []
     for i in range(full.shape[1]):
         begin, end = T << i >> 1, min(T << i, blocks * half)
-        means, restarts = (sums[:, i] / (end - begin) for sums in (full, restarted))
-        excess = means - restarts
-        rows.append({"from": begin, "to": end, "tokens": b * (end - begin), "nll": means.mean().item(),
-                     "perplexity": math.exp(means.mean()), "excess": excess.mean().item(),
-                     "excess_se": (excess.std() / b**0.5).item() if b > 1 else None,
-                     "window_loss": window_nats / window_tokens})  # fmt: skip
+        nll, difference = full[:, i] / (end - begin), (full - restarted)[:, i] / (end - begin)
+        mean, error = mean_and_error(difference)
+        rows.append({"from": begin, "to": end, "tokens": b * (end - begin), "nll": nll.mean().item(),
+                     "perplexity": math.exp(nll.mean()), "excess": mean, "excess_se": error,
+                     "window_loss": window_nats / window_tokens, "state_std": stds[i][0], "head_std": stds[i][1]})  # fmt: skip
     return rows
 
 
-def print_table(results):
+def run_through(model, idx, progress):
+    """idx (b, l), from a zero state -> logits after the last token (b, vocab), state. In segments: constant memory."""
+    state = None
+    for segment in idx.split(max(1, TOKENS_AT_ONCE // len(idx)), dim=1):
+        hidden, state = model.hidden(segment, state)
+        progress.update(segment.numel())
+    return model.lm_head(hidden[:, -1]), state
+
+
+@torch.inference_mode()
+def remembrance(model, tokens, starts, length, T, progress):
+    """Effective Remembrance: how far the prediction q after N = `length` tokens moves when it is made after the last
+    1, 2, 4, ... of them only: 1/2 sum |q - q'|, mean over the sequences. Near 0: what came before does not matter."""
+    idx, context, rows = read(tokens, starts[:, None] + np.arange(length), model.lm_head.weight.device), 1, []
+    q = run_through(model, idx, progress)[0].softmax(-1)  # (b, vocab)
+    while context < length:
+        restarted = run_through(model, idx[:, -context:], progress)[0].softmax(-1)
+        mean, error = mean_and_error((q - restarted).abs().sum(1) / 2)
+        rows.append({"N": length, "context": context, "remembrance": mean, "remembrance_se": error})
+        context *= 2
+    return rows
+
+
+@torch.inference_mode()
+def init_state(model, tokens, starts, length, T, progress):
+    """What each state before a text costs over its next tokens, against a zero state. Means over buckets (from, to] of
+    the position, in nats/token. With `past` the 128 T tokens that come before the text, the states are
+
+        noise      Gaussian, with the standard deviation of the states after each past
+        fitted     the same, mean and standard deviation for each layer and head
+        foreign    the state after the past of another sequence: unrelated text
+        true       the state after its own past, with its convolution inputs (the others have zeros there, as zero has)"""
+    past, device = 128 * T, model.lm_head.weight.device
+    idx = read(tokens, starts[:, None] + np.arange(past + length + 1), device)
+    true = run_through(model, idx[:, :past], progress)[1]
+    generator = torch.Generator(device).manual_seed(0)
+    noise = [torch.randn(ssm.shape, generator=generator, device=device) for _, ssm in true]
+    std = torch.cat([ssm.flatten() for _, ssm in true]).std()
+    moments = [(ssm.mean((0, 2, 3), True), ssm.std((0, 2, 3), keepdim=True)) for _, ssm in true]  # each (1, h, 1, 1)
+    states = {"zero": None, "noise": [(None, std * z) for z in noise],
+              "fitted": [(None, mean + std * z) for z, (mean, std) in zip(noise, moments)],
+              "foreign": [(None, ssm.roll(1, 0)) for _, ssm in true], "true": true}  # fmt: skip
+    nlls = {}
+    for name, state in states.items():
+        nlls[name] = model.per_token_nll(idx[:, past:-1], idx[:, past + 1 :], state)[0].cpu().double()  # (b, length)
+        progress.update(nlls[name].numel())
+    rows, begin = [], 0
+    while begin < length:
+        end = min(2 * begin or 1, length)
+        for name, nll in nlls.items():
+            mean, error = mean_and_error((nll - nlls["zero"])[:, begin:end].mean(1))
+            rows.append({"from": begin, "to": end, "start": name, "nll": nll[:, begin:end].mean().item(),
+                         "cost": mean, "cost_se": error})  # fmt: skip
+        begin = end
+    return rows
+
+
+# name: the function, the default --max_len, the most sequences by default, tokens forwarded for each one evaluated, and
+# what is on the x axis
+MEASURES = {"perplexity": (perplexity, 65536, 16, 1, "t (tokens before the predicted one, at most)"),
+            "remembrance": (remembrance, 4096, 128, 2, "tokens of context kept"),
+            "init_state": (init_state, 512, 256, 13, "tokens after the initial state")}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables and pictures
+
+
+def print_perplexity(results):
     """results {run: rows}: a line for each bucket, two columns for each run."""
     width = max(28, *(len(name) + 2 for name in results))
     print(f"\n{'':24}" + "".join(f"{name:>{width}}" for name in results))
@@ -112,41 +197,76 @@ def print_table(results):
     print("window loss: nats/token in windows of T tokens from a zero state\n")
 
 
-def draw(path, results):
-    """The table as a picture: perplexity and excess over t."""
+def panels(measure, results):
+    """results {run: rows} -> [(title, label of y, {label: (colour, [(x, y, error)])})], a panel for each picture"""
+
+    def lines(x, y, keep=lambda row: True):
+        found = {
+            run: [(row[x], row[y], row.get(f"{y}_se")) for row in rows if keep(row)] for run, rows in results.items()
+        }
+        return {run: (results[run][0]["init_state"], points) for run, points in found.items()}
+
+    if measure == "perplexity":
+        labels = {"perplexity": "perplexity", "excess": "excess over a restart (nats/token)",
+                  "state_std": "standard deviation of the state"}  # fmt: skip
+        return [("", label, lines("to", name)) for name, label in labels.items()]
+    if measure == "remembrance":
+        lengths = sorted({row["N"] for rows in results.values() for row in rows})
+        return [(f"after {N:,} tokens", "Effective Remembrance (total variation)",
+                 lines("context", "remembrance", lambda row, N=N: row["N"] == N)) for N in lengths]  # fmt: skip
+    starts = ("noise", "fitted", "foreign", "true")
+    return [(run, "cost of the initial state (nats/token)",
+             {start: (start, [(row["to"], row["cost"], row["cost_se"]) for row in rows if row["start"] == start])
+              for start in starts}) for run, rows in results.items()]  # fmt: skip
+
+
+def print_panels(pictures):
+    for title, label, lines in pictures:
+        width = max(14, *(len(name) + 2 for name in lines))
+        print(f"\n{label}, {title}; in brackets: standard error over sequences")
+        print(f"{'tokens':>10}" + "".join(f"{name:>{width}}" for name in lines))
+        for i, (x, _, _) in enumerate(next(iter(lines.values()))[1]):
+            cells = [points[i][1:] for _, points in lines.values()]
+            print(f"{x:>10,}" + "".join(f"{f'{y:.3f} ({error or 0:.3f})':>{width}}" for y, error in cells))
+    print()
+
+
+def draw(path, pictures, x_label, lengths):
+    """The pictures that `panels` returns, side by side, with the training lengths marked."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for i, (name, rows) in enumerate(results.items()):
-        t, color = [row["to"] for row in rows], COLORS.get(rows[0]["init_state"])
-        same = sum(rows[0]["init_state"] == other[0]["init_state"] for other in list(results.values())[:i])
-        style = {"color": color, "marker": "o", "markersize": 3, "label": name,
-                 "linestyle": ["-", "--", ":", "-."][same % 4]}  # fmt: skip
-        axes[0].plot(t, [row["perplexity"] for row in rows], **style)
-        axes[1].plot(t, [row["excess"] for row in rows], **style)
-        error = np.array([[row["excess"], row["excess_se"] or 0] for row in rows])
-        axes[1].fill_between(
-            t, error[:, 0] - error[:, 1], error[:, 0] + error[:, 1], color=color, alpha=0.2, linewidth=0
-        )
-    for axis, label in zip(axes, ("perplexity", "excess over a restart (nats/token)")):
+    columns = min(3, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(max(5, 4.2 * columns), 3.6 * rows), layout="constrained",
+                                   squeeze=False, sharey=len({label for _, label, _ in pictures}) == 1)  # fmt: skip
+    for axis in axes.flat[len(pictures) :]:
+        axis.axis("off")
+    for axis, (title, label, lines) in zip(axes.flat, pictures):
+        for i, (name, (color, points)) in enumerate(lines.items()):
+            x, y, error = np.array([[x, y, error or 0] for x, y, error in points]).T
+            same = sum(color == other for other, _ in list(lines.values())[:i])
+            axis.plot(x, y, color=COLORS.get(color, color), marker="o", markersize=3, label=name,
+                      linestyle=["-", "--", ":", "-."][same % 4])  # fmt: skip
+            axis.fill_between(x, y - error, y + error, color=COLORS.get(color, color), alpha=0.2, linewidth=0)
         axis.set_xscale("log", base=2)
-        for T in {rows[0]["seq_len"] for rows in results.values()}:
+        for T in lengths:
             axis.axvline(T, color="gray", linestyle=":", linewidth=1)
             axis.annotate(f"T = {T}", (T, 1), (2, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
                           color="gray", fontsize=8)  # fmt: skip
-        axis.set_xlabel("t (tokens before the predicted one, upper end of the bucket)")
-        axis.set_ylabel(label)
+        if label == "perplexity":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set(title=title, xlabel=x_label, ylabel=label)
         axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[0].yaxis.set_minor_formatter(NullFormatter())
-    axes[0].legend()
+        if set(lines) != set(pictures[0][2]) or axis is axes[0, 0]:
+            axis.legend(fontsize=8)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     pyplot.close(figure)
 
@@ -156,14 +276,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=intro, epilog=rest, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("runs", nargs="+", help="run folders made by train.py, or their ckpt.pt")
-    parser.add_argument("--max_len", type=int, default=65536, help="tokens of a sequence [65536]")
-    parser.add_argument("--sequences", type=int, help="sequences [as many as the held-out text has, at most 16]")
+    parser.add_argument("--measure", default="perplexity", choices=MEASURES, help="what to measure [perplexity]")
+    lengths = ", ".join(f"{name} {length}" for name, (_, length, *_) in MEASURES.items())
+    parser.add_argument("--max_len", type=int, help=f"tokens of a sequence [{lengths}]")
+    most = ", ".join(f"{name} {most}" for name, (_, _, most, *_) in MEASURES.items())
+    parser.add_argument("--sequences", type=int, help=f"sequences [as many as the text has, at most {most}]")
     parser.add_argument("--seed", type=int, default=0, help="of where they begin [0]")
     parser.add_argument("--dataset", help="python, or a UTF-8 text file or a folder of them [the runs']")
-    parser.add_argument("--out", default="out/eval", help="folder of results.jsonl and perplexity.png [out/eval]")
+    parser.add_argument("--part", default="val", choices=["val", "train"], help="held-out or training text [val]")
+    parser.add_argument("--dt_scale", type=float, default=1.0, help="multiplies dt: below 1, the model's time goes "
+                        "slower, a remedy without training [1]")  # fmt: skip
+    parser.add_argument("--out", default="out/eval", help="folder of results.jsonl and <measure>.png [out/eval]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument("--backend", default="auto", choices=["auto", "triton", "torch"], help="of the scan [auto]")
     args = parser.parse_args(argv)
+    measure, default_length, most, passes, x_label = MEASURES[args.measure]
     try:
         device = choose_device(args.device)
         runs = {run: load_run(run, device) for run in args.runs}
@@ -174,12 +301,15 @@ def main(argv=None):
         if len(datasets) > 1 and not args.dataset:
             raise ValueError(f"these runs were trained on {' and '.join(sorted(datasets))}: choose one with --dataset")
         longest = max(checkpoint["args"]["seq_len"] for _, checkpoint in runs.values())
-        if args.max_len < longest:
-            raise ValueError(f"--max_len={args.max_len} is less than T = {longest}, the training length")
-        if args.sequences is not None and args.sequences < 1 or args.seed < 0:
-            raise ValueError("--sequences should be at least 1, --seed at least 0")
+        length = default_length if args.max_len is None else args.max_len
+        if length < longest:
+            raise ValueError(f"--max_len={length} is less than T = {longest}, the training length")
+        if args.sequences is not None and args.sequences < 1 or args.seed < 0 or not 0 < args.dt_scale < math.inf:
+            raise ValueError("--sequences should be at least 1, --seed at least 0, --dt_scale above 0")
         corpus = load_corpus(args.dataset or datasets.pop(), tokenizers[args.runs[0]])
-        starts = choose_starts(corpus.val, args.max_len, args.sequences, args.seed)
+        tokens = getattr(corpus, args.part)
+        whole = length + 128 * longest * (args.measure == "init_state")
+        starts = choose_starts(tokens, whole, args.sequences, args.seed, most)
         path = Path(args.out) / "results.jsonl"
         known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except (ValueError, OSError) as error:
@@ -190,26 +320,31 @@ def main(argv=None):
         if checkpoint["corpus_hash"] != corpus.hash:
             print(f"note: {run} was trained on corpus {checkpoint['corpus_hash']}, this is {corpus.hash}")
         file = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
-        settings = {"checkpoint": hashlib.sha256(file.read_bytes()).hexdigest()[:12], "corpus_hash": corpus.hash,
-                    "max_len": args.max_len, "sequences": len(starts), "seed": args.seed}  # fmt: skip
+        settings = {"measure": args.measure, "checkpoint": hashlib.sha256(file.read_bytes()).hexdigest()[:12], "corpus_hash": corpus.hash,
+                    "part": args.part, "dt_scale": args.dt_scale, "max_len": length, "sequences": len(starts),
+                    "seed": args.seed}  # fmt: skip
         rows = [row for row in known if settings.items() <= row.items()]
         if rows:
             print(f"{run} is in {path} already")
         else:
             model.config.backend = None if args.backend == "auto" else args.backend
+            for block in model.backbone.layers:
+                block.mixer.dt_scale = args.dt_scale
             T = checkpoint["args"]["seq_len"]
             facts = {"run": run, "init_state": checkpoint["args"]["init_state"], "step": checkpoint["step"],
                      "seq_len": T}  # fmt: skip
-            with tqdm(total=len(starts) * args.max_len, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
-                rows = evaluate(model, corpus.val, starts, args.max_len, T, bar)
+            total = len(starts) * length * passes
+            with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
+                rows = measure(model, tokens, starts, length, T, bar)
             rows = [facts | settings | row for row in rows]
             known += rows
             text = "".join(json.dumps(row) + "\n" for row in known)
             write_whole(path, lambda file, text=text: file.write(text.encode()))
         results[run] = rows
-    print_table(results)
-    draw(path.with_name("perplexity.png"), results)
-    print(f"{path}\n{path.with_name('perplexity.png')}")
+    pictures, figure = panels(args.measure, results), path.with_name(f"{args.measure}.png")
+    print_perplexity(results) if args.measure == "perplexity" else print_panels(pictures)
+    draw(figure, pictures, x_label, {rows[0]["seq_len"] for rows in results.values()})
+    print(f"{path}\n{figure}")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ class GatedRMSNorm(nn.Module):
 class Mamba2(nn.Module):
     """A layer: project, convolve, scan, gate, project back."""
 
+    dt_scale = 1.0  # below 1, time goes slower: the training-free remedy that eval_long.py --dt_scale tries
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -108,7 +110,7 @@ class Mamba2(nn.Module):
         """u (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h), the last one after softplus, in float32."""
         sizes = (self.config.d_inner, self.config.conv_dim, self.config.nheads)
         z, xBC, dt = self.in_proj(u).split(sizes, dim=-1)
-        return z, xBC, F.softplus(dt + self.dt_bias)
+        return z, xBC, F.softplus(dt + self.dt_bias) * self.dt_scale
 
     def convolve(self, xBC, conv):
         """xBC (b, l, conv_dim), the d_conv - 1 inputs before it or None -> silu of the causal convolution, last inputs"""

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -709,7 +710,7 @@ def test_evaluation_equals_brute_force(monkeypatch):
                 restarted[row, t] = model.per_token_nll(idx[:, begin : t + 1], idx[:, begin + 1 : t + 2])[0][0, -1]
     for at_once in (1, 3 * 5 * half, 10**6):
         monkeypatch.setattr(eval_long, "TOKENS_AT_ONCE", at_once)
-        rows = eval_long.evaluate(model, tokens, starts, length, T)
+        rows = eval_long.perplexity(model, tokens, starts, length, T, tqdm(disable=True))
         assert [(row["from"], row["to"]) for row in rows] == [(4, 8), (8, 16), (16, 32), (32, 64), (64, 100)]
         for row in rows:
             span = slice(row["from"], row["to"])
@@ -718,7 +719,55 @@ def test_evaluation_equals_brute_force(monkeypatch):
             assert abs(row["excess"] - excess.mean()) < 1e-5
             assert abs(row["excess_se"] - excess.std(ddof=1) / 3**0.5) < 1e-5
             assert row["tokens"] == 3 * (row["to"] - row["from"])
+            with torch.no_grad():
+                idx = torch.from_numpy(tokens[starts[:, None] + np.arange(row["to"])])
+                ssm = [ssm for _, ssm in model.hidden(idx)[1]]
+            assert abs(row["state_std"] - torch.cat([t.flatten() for t in ssm]).std()) < 1e-6
+            heads = [[t[:, i].std().item() for i in range(t.shape[1])] for t in ssm]
+            np.testing.assert_allclose(row["head_std"], heads, atol=1e-5)
         assert abs(rows[0]["excess"]) < 1e-6
+
+
+@torch.no_grad()
+def test_remembrance_equals_brute_force(monkeypatch):
+    """Total variation between the predictions after the whole text and after its end, whatever the segments are."""
+    model, N = tiny_model().float(), 50
+    tokens = random_ids(1, 1000)[0].numpy()
+    starts = eval_long.choose_starts(tokens, N, 3, 0)
+    idx = torch.from_numpy(tokens[starts[:, None] + np.arange(N)])
+    for at_once in (1, 20, 10**6):
+        monkeypatch.setattr(eval_long, "TOKENS_AT_ONCE", at_once)
+        rows = eval_long.remembrance(model, tokens, starts, N, 8, tqdm(disable=True))
+        assert [row["context"] for row in rows] == [1, 2, 4, 8, 16, 32]
+        for row in rows:
+            p, q = (model(i)[0][:, -1].double().softmax(-1) for i in (idx, idx[:, -row["context"] :]))
+            variation = torch.minimum(p, q).sum(1).neg() + 1  # = half of the sum of |p - q|
+            assert row["remembrance"] > 0 and abs(row["remembrance"] - variation.mean()) < 1e-5
+
+
+@torch.no_grad()
+def test_cost_of_initial_states_equals_brute_force():
+    """True context: the text after its past in one pass. Foreign: after another past. Noise: it has the states' moments."""
+    model, T, length = tiny_model().float(), 2, 20
+    past = 128 * T
+    tokens = random_ids(1, 2000)[0].numpy()
+    starts = eval_long.choose_starts(tokens, past + length, 4, 0)
+    rows = eval_long.init_state(model, tokens, starts, length, T, tqdm(disable=True))
+    assert len({(row["from"], row["to"]) for row in rows}) == 6 and len(rows) == 30
+    idx = torch.from_numpy(tokens[starts[:, None] + np.arange(past + length + 1)])
+    zero = model.per_token_nll(idx[:, past:-1], idx[:, past + 1 :])[0]
+    true = model.per_token_nll(idx[:, :-1], idx[:, 1:])[0][:, past:]
+    state = model.hidden(idx[:, :past])[1]
+    foreign = [(torch.zeros_like(conv), ssm[[3, 0, 1, 2]]) for conv, ssm in state]
+    foreign = model.per_token_nll(idx[:, past:-1], idx[:, past + 1 :], foreign)[0]
+    for row in rows:
+        expected = {"zero": zero, "true": true, "foreign": foreign}.get(row["start"])
+        if expected is not None:
+            span = slice(row["from"], row["to"])
+            assert abs(row["nll"] - expected[:, span].mean()) < 1e-5
+            assert abs(row["cost"] - (expected - zero)[:, span].mean()) < 1e-5
+        else:
+            assert row["cost"] != 0
 
 
 def test_sequences_do_not_overlap():
@@ -752,6 +801,11 @@ def test_evaluation_from_end_to_end(work, capsys):
     content = Path("ev/results.jsonl").read_bytes()
     assert evaluate_runs(*runs, *flags) == 0 and Path("ev/results.jsonl").read_bytes() == content
     assert "already" in capsys.readouterr().out
+    for measure in ("remembrance --max_len=64", "init_state --max_len=32", "perplexity --max_len=512 --dt_scale=0.5"):
+        assert evaluate_runs(*runs, "--sequences=4", "--out=ev", "--device=cpu", *f"--measure={measure}".split()) == 0
+        assert Path(f"ev/{measure.split()[0]}.png").exists()
+    assert len({row["nll"] for row in read_jsonl("ev/results.jsonl") if row.get("to") == 512}) == 4
+    content = Path("ev/results.jsonl").read_bytes()
     assert evaluate_runs("out/zero", "--max_len=100000", "--out=ev") == 2
     assert "would" in capsys.readouterr().err
     assert run_train(work, "--tokenizer=bpe300", "--steps=1", "--out=other") == 0
@@ -767,7 +821,7 @@ def test_memory_does_not_grow_with_length(work):
     resource = pytest.importorskip("resource")  # not on Windows
     code = ("import resource, sys, numpy, torch; sys.path.insert(0, sys.argv[1]); import eval_long, test_all\n"
             "tokens = numpy.random.randint(61, size=40000)\n"
-            "eval_long.evaluate(test_all.tiny_model().float(), tokens, numpy.array([0]), int(sys.argv[2]), 32)\n"
+            "eval_long.perplexity(test_all.tiny_model().float(), tokens, numpy.array([0]), int(sys.argv[2]), 32, test_all.tqdm(disable=True))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")  # fmt: skip
     peak = {}
     for length in (2048, 32768):

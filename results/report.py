@@ -1,6 +1,7 @@
-"""Means over the seeds of what results/reproduce.sh measured: a table, a figure, and the base run without its optimizer.
+"""The figures and tables of results/ from what results/reproduce.sh measured: means and standard deviations over seeds.
 
-python results/report.py out/reproduce      -> results/length/{results.jsonl, table.md, excess.png}, results/base
+python results/report.py                  results/results.jsonl -> results/*.png, and the tables of the READMEs, printed
+python results/report.py out/reproduce    the same, but first takes the results from the runs there, and base-0 itself
 """
 
 import argparse
@@ -14,55 +15,162 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import write_whole
-from eval_long import draw
+from eval_long import MEASURES, draw, panels
 from model import load_run
 
-LABELS = {"base": "base", "zero": "zero (control)"} | {name: name for name in ("noise", "fitted", "prev", "tbtt")}
+RESULTS = ROOT / "results"
+PLACE = ("seq_len", "to", "N", "context", "start")  # what tells the rows of a run and measure apart
+NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost")
+LABELS = {"base": "base", "zero": "zero (control)", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
+          "8T": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
+WHEN = {"training length T": ("T=16", "steps=1000", "T=64", "T=128"),
+        "range of A": ("steps=1000", "A=0.1", "A=1", "A=official"),
+        "state size n": ("n=16", "n=64", "steps=1000"),
+        "training tokens": ("steps=500", "steps=1000", "base", "steps=4000")}  # fmt: skip
+WHEN_LABELS = {("training length T", "steps=1000"): "T=32", ("range of A", "steps=1000"): "0.01 to 16",
+               ("state size n", "steps=1000"): "n=128", "A=0.1": "0.1 to 16", "A=1": "1 to 16, logarithmic",
+               "A=official": "1 to 16, uniform (official)", "steps=500": "2M", "steps=1000": "4.1M", "base": "8.2M",
+               "steps=4000": "16.4M"}  # fmt: skip
+SHADES = ("#DCC15A", "#56A36C", "#2D708E", "#440154")
 
 
-def over_seeds(rows):
-    """rows of one kind of run, all seeds -> a row for each bucket: means, and standard deviations over the seeds."""
-    merged = []
-    for to in sorted({row["to"] for row in rows}):
-        same = [row for row in rows if row["to"] == to]
-        values = {name: [row[name] for row in same] for name in ("perplexity", "excess", "window_loss")}
-        means = {name: statistics.mean(numbers) for name, numbers in values.items()}
-        spread = {f"{name}_se": statistics.stdev(v) if len(v) > 1 else 0.0 for name, v in values.items()}
-        merged.append(same[0] | means | spread | {"seeds": len(same)})
+def kind_of(row):
+    """base-1 -> base; the base with a scaled dt -> dt"""
+    name, _, seed = Path(row["run"]).name.rpartition("-")
+    return "dt" if row["dt_scale"] != 1 else name if seed.isdigit() else Path(row["run"]).name
+
+
+def over_seeds(rows, measure):
+    """-> {kind of run: its rows, means over the seeds, with the standard deviation in <name>_se}"""
+    groups = {}
+    for row in rows:
+        if row["measure"] == measure and row["part"] == "val":
+            groups.setdefault(kind_of(row), {}).setdefault(tuple(row.get(name) for name in PLACE), []).append(row)
+    merged = {}
+    for kind, places in groups.items():
+        for same in places.values():
+            means = {"seeds": len(same)}
+            for name in NUMBERS:
+                if name in same[0]:
+                    values = [row[name] for row in same]
+                    means |= {name: statistics.mean(values),
+                              f"{name}_se": statistics.stdev(values) if len(values) > 1 else 0.0}  # fmt: skip
+            merged.setdefault(kind, []).append(same[0] | means)
     return merged
+
+
+def pick(results, kinds):
+    return {LABELS.get(kind, kind): results[kind] for kind in kinds if kind in results}
+
+
+def repair_table(results, ts=(128, 512, 2048, 8192, 32768, 131072)):
+    """The README's: excess at some t, mean and spread over the seeds; the loss within T."""
+    base = next(iter(results.values()))
+    ts = [t for t in ts if t in [row["to"] for row in base]]
+    lines = ["| | " + " | ".join(f"t = {t:,}" for t in ts) + " | loss within T |", "|---" * (len(ts) + 2) + "|"]
+    for name, rows in results.items():
+        at = {row["to"]: row for row in rows}
+        cells = [f"{at[t]['excess']:+.2f} ± {at[t]['excess_se']:.2f}" if t in at else "" for t in ts]
+        lines.append(
+            f"| {name} | " + " | ".join(cells) + f" | {rows[0]['window_loss']:.3f} ± {rows[0]['window_loss_se']:.3f} |"
+        )
+    return lines
+
+
+def when_pictures(results):
+    pictures = []
+    for title, kinds in WHEN.items():
+        lines = {WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind)):
+                 (shade, [(row["to"], row["excess"], 0) for row in results[kind] if row["to"] <= 32768])
+                 for kind, shade in zip(kinds, SHADES[-len(kinds) :]) if kind in results}  # fmt: skip
+        pictures.append((title, "excess over a restart (nats/token)", lines))
+    return pictures
+
+
+def when_table(results):
+    lines = ["| changed | excess at 256 T | loss within T |", "|---|---|---|"]
+    for title, kinds in WHEN.items():
+        for kind in kinds:
+            for row in results.get(kind, []):
+                if row["to"] == 256 * row["seq_len"]:
+                    label = WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind))
+                    lines.append(f"| {title}: {label} | {row['excess']:+.2f} | {row['window_loss']:.2f} |")
+    return lines
+
+
+def head_pictures(rows):
+    """For seed 0: how the state of each head grows, layer by layer, from dark (slow) to light (fast) as A is ordered."""
+    pictures = []
+    for kind in ("base", "prev", "tbtt"):
+        points = [row for row in rows if row["measure"] == "perplexity" and kind_of(row) == kind
+                  and Path(row["run"]).name.endswith("-0")]  # fmt: skip
+        if points:
+            lines = {f"layer {i}, head {j}": (f"C{i}", [(row["to"], row["head_std"][i][j], 0) for row in points])
+                     for i, heads in enumerate(points[0]["head_std"]) for j in range(len(heads))}  # fmt: skip
+            pictures.append((kind, "standard deviation of a head's state", lines))
+    return pictures
+
+
+def best_dt_scale(run):
+    """The scale with the lowest loss on training text, in the last bucket."""
+    rows = [json.loads(line) for line in (Path(run) / "eval" / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["part"] == "train" and row["to"] == row["max_len"]]
+    return min(rows, key=lambda row: row["nll"])["dt_scale"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of the runs of results/reproduce.sh")
-    folder = Path(parser.parse_args().folder)
-    out = ROOT / "results" / ("length" if folder.name == "reproduce" else folder.name)
-    rows = [json.loads(line) for line in (folder / "eval" / "results.jsonl").read_text().splitlines()]
-    kinds = {}
-    for row in rows:
-        kinds.setdefault(LABELS[Path(row["run"]).name.rpartition("-")[0]], []).append(row)
-    results = {kind: over_seeds(kinds[kind]) for kind in LABELS.values() if kind in kinds}
-    seeds = next(iter(results.values()))[0]["seeds"]
-    columns = [row["to"] for row in next(iter(results.values()))][1::2]
-    lines = [f"Excess in nats/token at t up to ..., mean +- standard deviation over {seeds} seeds; window: loss in T tokens.", "",
-             "| | " + " | ".join(f"{to:,}" for to in columns) + " | window |", "|---|" + "---|" * (len(columns) + 1)]  # fmt: skip
-    for kind, buckets in results.items():
-        cells = [f"{row['excess']:+.2f} +- {row['excess_se']:.2f}" for row in buckets if row["to"] in columns]
-        window = f"{buckets[0]['window_loss']:.3f} +- {buckets[0]['window_loss_se']:.3f}"
-        lines.append(f"| {kind} | " + " | ".join(cells) + f" | {window} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    write_whole(out / "table.md", lambda file: file.write(text.encode()))
-    write_whole(
-        out / "results.jsonl", lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    parser.add_argument("folder", nargs="?", help="of the runs of results/reproduce.sh")
+    parser.add_argument("--best_dt_scale", metavar="RUN", help="only print what was best for this run")
+    args = parser.parse_args()
+    if args.best_dt_scale:
+        return print(best_dt_scale(args.best_dt_scale))
+    out, source = RESULTS, RESULTS / "results.jsonl"
+    if args.folder:
+        folder = Path(args.folder)
+        quick = folder.name == "quick"
+        out, source = (folder, folder / "results.jsonl") if quick else (RESULTS, RESULTS / "results.jsonl")
+        lines = (folder / "results.jsonl").read_text()
+        write_whole(source, lambda file: file.write(lines.encode()))
+        if not quick:
+            export(folder / "base-0")
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    results = over_seeds(rows, "perplexity")
+
+    def figure(name, pictures, measure="perplexity"):
+        if pictures:
+            draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
+            print(out / f"{name}.png")
+
+    repair = pick(results, LABELS)
+    print("\n".join(repair_table(repair)))
+    figure("repair", panels("perplexity", repair)[:2])
+    figure(
+        "noise",
+        panels("perplexity", pick(results, ["base", "noise_std=0.01", "noise_std=0.03", "noise", "noise_std=0.3"]))[:2],
     )
-    draw(out / "excess.png", results)
-    if folder.name == "reproduce":
-        _, checkpoint = load_run(folder / "base-0")
-        weights_only = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "init_state")}
-        write_whole(ROOT / "results/base/ckpt.pt", lambda file: torch.save(weights_only, file))
-        tokenizer = (folder / "base-0" / "tokenizer.json").read_bytes()
-        write_whole(ROOT / "results/base/tokenizer.json", lambda file: file.write(tokenizer))
+    if "steps=1000" in results:
+        print("\n".join(when_table(results)))
+        figure("when", when_pictures(results))
+    remembrance = pick(over_seeds(rows, "remembrance"), LABELS)
+    if remembrance:
+        figure("why", panels("perplexity", repair)[2:] + panels("remembrance", remembrance))
+        figure("heads", head_pictures(rows))
+        figure("init_state", panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
+    scratch = pick(results, ["prev", "tbtt", "scratch_prev", "scratch_tbtt"])
+    if "scratch_prev" in scratch:
+        print("\n".join(repair_table(scratch)))
+        figure("scratch", panels("perplexity", scratch)[:2])
+
+
+def export(run):
+    """The base run without its optimizer."""
+    checkpoint = load_run(run)[1]
+    weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "init_state")}
+    write_whole(RESULTS / "base" / "ckpt.pt", lambda file: torch.save(weights, file))
+    for name in ("tokenizer.json", "args.json"):
+        content = (Path(run) / name).read_bytes()
+        write_whole(RESULTS / "base" / name, lambda file, content=content: file.write(content))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,104 @@
 #!/usr/bin/env bash
-# Failure and repair: a base model per seed, then the same post-training of it from each initial state, then perplexity
-# and excess up to 4,096 T.
+# Everything that results/README.md shows, from the first base model to the last figure.
 #
-#     bash results/reproduce.sh             three seeds, or those in SEEDS="0 1"
-#     bash results/reproduce.sh --quick     one seed, a shorter base and shorter texts
+#     bash results/reproduce.sh             three seeds; about two hours on two CPU cores
+#     bash results/reproduce.sh --quick     failure and repair only: one seed, a shorter base, shorter texts
+#     JOBS=8 bash results/reproduce.sh      so many runs at once, of one thread each [as many as the machine has cores]
 #
-# Stop it whenever you like: the next call goes on. Runs are in out/reproduce, numbers and figure in results/length.
+# Stop it whenever you like: the next call goes on. Runs are in out/reproduce, what they gave in results/results.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores are ten times slower
+folder=out/reproduce base=2000 seeds="0 1 2" length=131072
 if [ "${1:-}" = --quick ]; then
-    folder=quick base_steps=1000 seeds="0" length=8192
-else
-    folder=reproduce base_steps=4000 seeds="${SEEDS:-0 1 2}" length=131072
+    folder=out/quick base=1000 seeds=0 length=16384
 fi
 
-run() { # run NAME FLAGS...: trains it, goes on with it, or finds that it is finished
-    if [ -e "out/$folder/$1/ckpt.pt" ]; then
-        python train.py --resume --out="out/$folder/$1"
+train() { # train NAME FLAGS...: a new run, or the rest of one, or nothing
+    if [ -e "$folder/$1/ckpt.pt" ]; then
+        python train.py --out="$folder/$1" --resume
     else
-        python train.py --out="out/$folder/$1" --log_every=100 --val_every=500 --save_every=500 "${@:2}"
+        python train.py --out="$folder/$1" --compile=on --log_every=100 --val_every=500 --save_every=250 "${@:2}"
     fi
 }
 
-runs=()
+measure() { # measure NAME FLAGS...
+    python eval_long.py "$folder/$1" --out="$folder/$1/eval" "${@:2}"
+}
+
+evaluate() { # evaluate NAME: all that is asked about this kind of run
+    case $1 in
+    base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-* | 8T-* | scratch_*)
+        measure "$1" --max_len=$length --sequences=8 ;;
+    *)
+        measure "$1" --max_len=32768 --sequences=8 ;;
+    esac
+    [ $folder = out/quick ] && return
+    case $1 in base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-*)
+        measure "$1" --measure=remembrance --max_len=128
+        measure "$1" --measure=remembrance --max_len=4096
+        measure "$1" --measure=init_state ;;
+    esac
+    case $1 in base-*) # the repair without training: the scale is chosen on training text
+        for scale in 0.25 0.5 0.7 0.85 1.2; do
+            measure "$1" --dt_scale=$scale --part=train --max_len=8192
+        done
+        measure "$1" --dt_scale="$(python results/report.py --best_dt_scale="$folder/$1")" --max_len=$length --sequences=8 ;;
+    esac
+}
+
+job() { # job train|evaluate NAME FLAGS...
+    "$@" >>"$folder/$2.txt" 2>&1 || { echo "$2 failed: $(tail -n 1 "$folder/$2.txt")"; exit 255; }
+    echo "$(date +%T) ${*:1:2}"
+}
+
+in_parallel() { # a job for each line of what comes in
+    xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -L 1 bash -euo pipefail -c 'job "$@"' job
+}
+
+export folder length
+export -f train measure evaluate job
+mkdir -p "$folder"
+
 for seed in $seeds; do
-    run "base-$seed" --init_state=zero --steps=$base_steps --seed="$seed"
-    runs+=("out/$folder/base-$seed")
-    for state in zero noise fitted prev tbtt; do
-        run "$state-$seed" --init_from="out/$folder/base-$seed" --init_state=$state --seed="$seed"
-        runs+=("out/$folder/$state-$seed")
+    echo "train base-$seed --steps=$base --seed=$seed"
+done | in_parallel
+
+{
+    for seed in $seeds; do # 1. failure and repair
+        for state in zero noise fitted prev tbtt; do
+            echo "train $state-$seed --init_from=$folder/base-$seed --init_state=$state --seed=$seed"
+        done
     done
-    python eval_long.py "${runs[@]}" --max_len=$length --sequences=8 --out="out/$folder/eval"
-done
-python results/report.py "out/$folder"
+    [ "$folder" = out/quick ] || {
+        for std in 0.01 0.03 0.3; do
+            echo "train noise_std=$std-0 --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
+        done
+        for seed in $seeds; do
+            echo "train 8T-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed"
+            for state in prev tbtt; do # 6. from scratch, as many tokens as base and post-training together
+                echo "train scratch_$state-$seed --init_state=$state --steps=$((base + 500)) --seed=$seed"
+            done
+        done
+        for T in 16 64 128; do # 2. when does a model fail: one factor at a time, changed in steps=1000
+            echo "train T=$T --seq_len=$T --batch_size=$((4096 / T)) --steps=1000"
+        done
+        for n in 16 64; do
+            echo "train n=$n --d_state=$n --steps=1000"
+        done
+        for low in 0.1 1; do
+            echo "train A=$low --A_init_range $low 16 --steps=1000"
+        done
+        echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=1000"
+        for steps in 500 1000 4000; do
+            echo "train steps=$steps --steps=$steps"
+        done
+    }
+} | in_parallel
+
+for run in "$folder"/*/; do
+    echo "evaluate $(basename "$run")"
+done | in_parallel
+
+cat "$folder"/*/eval/results.jsonl >"$folder/results.jsonl"
+python results/report.py "$folder"
