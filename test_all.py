@@ -668,6 +668,20 @@ def test_post_training_takes_over_the_architecture(work, capsys):
     assert "--seq_len=16 contradicts" in capsys.readouterr().err and not Path("other").exists()
 
 
+def test_rates_of_forgetting_have_their_own_learning_rate(work):
+    """--rates_lr=0 holds A and dt_bias and nothing else; 10 moves them about ten times as far as 1 in the first step."""
+    assert run_train(work, "--init_state=zero", "--steps=1") == 0
+    start, moved = weights("out/zero"), {}
+    for times in (0, 1, 10):
+        flags = ["--init_from=out/zero", "--init_state=prev", "--steps=1", f"--rates_lr={times}", f"--out=out/{times}"]
+        assert not train.main([f"--dataset={work}", *flags])
+        moved[times] = {name: (t - start[name]).abs().max().item() for name, t in weights(f"out/{times}").items()}
+    for name in start:
+        rate = name.endswith(("A_log", "dt_bias"))
+        assert moved[1][name] > 0 and (moved[0][name] == 0) == rate
+        assert abs(moved[10][name] / moved[1][name] - (10 if rate else 1)) < 0.01
+
+
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(work, capsys):
     """A diverging run ends with a message and exit code 1; its last checkpoint is good."""
     code = run_train(work, "--init_state=noise", "--noise_std=1e39", "--steps=5")

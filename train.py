@@ -57,7 +57,7 @@ PRESETS = {
 }  # fmt: skip
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
             "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0],
-            "noise_std": 0.1, "init_prob": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
+            "noise_std": 0.1, "init_prob": 1.0, "rates_lr": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
 POST_TRAINING = {"steps": 500, "lr": 2e-3, "init_prob": 0.5}  # with --init_from
 MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 
@@ -157,6 +157,9 @@ def make_parser():
     flag(group, "batch_size", "sequences a step", type=at_least(1))
     flag(group, "seq_len", "T, the tokens of a training sequence, an even number", type=at_least(2))
     flag(group, "lr", "peak learning rate", type=at_least(0, float))
+    flag(
+        group, "rates_lr", "A and dt_bias, the rates of forgetting, learn so many times faster", type=at_least(0, float)
+    )
     flag(group, "seed", "of the weights, the batches and the noise", type=at_least(0))
     flag(group, "dataset", "python (the standard library's sources), or a UTF-8 text file, or a folder of them")
     flag(group, "tokenizer", "byte, bpeN (N ids, learnt from the text), or gpt2 (downloaded once)")
@@ -355,8 +358,11 @@ def main(argv=None):
     config = model.config
     config.backend = None if args["backend"] == "auto" else args["backend"]
     parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
-              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]  # fmt: skip
+    rates = [p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))]
+    others = [p for p in parameters if all(p is not rate for rate in rates)]
+    groups = [{"params": [p for p in others if p.dim() > 1], "weight_decay": WEIGHT_DECAY, "scale": 1.0},
+              {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
+              {"params": rates, "weight_decay": 0.0, "scale": args["rates_lr"]}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=args["lr"], betas=BETAS, fused=device.type != "mps")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args["dtype"] == "bfloat16")
     init = InitialState(args, device, checkpoint["init_state"] if resuming else None)
@@ -373,7 +379,7 @@ def main(argv=None):
     def train_step(step):
         idx, targets = batch_of(step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args) * group["scale"]
         with autocast:
             _, loss, state = model(idx, targets, init.draw(model, b, step))
         optimizer.zero_grad()

@@ -22,7 +22,7 @@ RESULTS = ROOT / "results"
 PLACE = ("seq_len", "to", "N", "context", "start")  # what tells the rows of a run and measure apart
 NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost")
 LABELS = {"base": "base", "zero": "zero (control)", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
-          "8T": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
+          "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
 WHEN = {"training length T": ("T=16", "steps=1000", "T=64", "T=128"),
         "range of A": ("steps=1000", "A=0.1", "A=1", "A=official"),
         "state size n": ("n=16", "n=64", "steps=1000"),
@@ -157,8 +157,8 @@ def main():
         figure("why", panels("perplexity", repair)[2:] + panels("remembrance", remembrance))
         figure("heads", head_pictures(rows))
         figure("init_state", panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
-    scratch = pick(results, ["prev", "tbtt", "scratch_prev", "scratch_tbtt"])
-    if "scratch_prev" in scratch:
+    scratch = pick(results, ["prev", "tbtt", "scratch-prev", "scratch-tbtt"])
+    if "scratch-prev" in scratch:
         print("\n".join(repair_table(scratch)))
         figure("scratch", panels("perplexity", scratch)[:2])
 

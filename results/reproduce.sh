@@ -9,9 +9,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores are ten times slower
-folder=out/reproduce base=2000 seeds="0 1 2" length=131072
+folder=out/reproduce base=2000 post=500 seeds="0 1 2" length=131072
 if [ "${1:-}" = --quick ]; then
-    folder=out/quick base=1000 seeds=0 length=16384
+    folder=out/quick base=600 post=250 seeds=0 length=16384
 fi
 
 train() { # train NAME FLAGS...: a new run, or the rest of one, or nothing
@@ -28,7 +28,7 @@ measure() { # measure NAME FLAGS...
 
 evaluate() { # evaluate NAME: all that is asked about this kind of run
     case $1 in
-    base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-* | 8T-* | scratch_*)
+    base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-* | long-* | scratch-*)
         measure "$1" --max_len=$length --sequences=8 ;;
     *)
         measure "$1" --max_len=32768 --sequences=8 ;;
@@ -67,7 +67,7 @@ done | in_parallel
 {
     for seed in $seeds; do # 1. failure and repair
         for state in zero noise fitted prev tbtt; do
-            echo "train $state-$seed --init_from=$folder/base-$seed --init_state=$state --seed=$seed"
+            echo "train $state-$seed --init_from=$folder/base-$seed --init_state=$state --steps=$post --seed=$seed"
         done
     done
     [ "$folder" = out/quick ] || {
@@ -75,9 +75,9 @@ done | in_parallel
             echo "train noise_std=$std-0 --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
         done
         for seed in $seeds; do
-            echo "train 8T-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed"
+            echo "train long-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed"
             for state in prev tbtt; do # 6. from scratch, as many tokens as base and post-training together
-                echo "train scratch_$state-$seed --init_state=$state --steps=$((base + 500)) --seed=$seed"
+                echo "train scratch-$state-$seed --init_state=$state --steps=$((base + post)) --seed=$seed"
             done
         done
         for T in 16 64 128; do # 2. when does a model fail: one factor at a time, changed in steps=1000

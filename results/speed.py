@@ -6,7 +6,7 @@
 
     train      tokens/s of whole optimizer steps, against transformers' Mamba2ForCausalLM (float32, on its torch path; left
                out if it is not installed) and against a transformer of the same width, depth and vocabulary
-    eval       tokens/s of the pass over a long text, and of all of eval_long.evaluate, which predicts each token twice,
+    eval       tokens/s of the pass over a long text, and of all of eval_long.perplexity, which predicts each token twice,
                against training; time per token and peak memory for a text of 8,192 tokens and for one of --long
     generate   tokens/s of one text, against the general path: the model called on one token after the other
 
@@ -35,7 +35,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
-from eval_long import TOKENS_AT_ONCE, evaluate
+from eval_long import TOKENS_AT_ONCE, perplexity
 from model import Mamba2Config, Mamba2LM
 
 VOCAB, SHORT, TEXTS = 1024, 8192, 16  # ids; tokens of a short text; texts that eval_long.py takes at once
@@ -156,9 +156,10 @@ def train_part(preset, args, ours):
 
 
 def evaluate_texts(model, preset, b, length, progress=None):
-    """All of eval_long.evaluate, on b texts that are the same 8,192 tokens over and over -> the number of tokens."""
+    """All of eval_long.perplexity, on b texts that are the same 8,192 tokens over and over -> the number of tokens."""
     tokens = np.random.default_rng(0).integers(VOCAB, size=SHORT).astype(np.uint16)
-    evaluate(model, np.resize(tokens, b * length + 1), np.arange(b) * length, length, preset["seq_len"], progress)
+    places = (np.resize(tokens, b * length + 1), np.arange(b) * length, length, preset["seq_len"])
+    perplexity(model, *places, progress or SimpleNamespace(update=lambda n: None))
     return b * length
 
 
@@ -199,8 +200,11 @@ def generate_part(preset, args, _):
             logits, _, state = model(torch.multinomial(logits[:, -1].softmax(-1), 1), state=state)
         return 64
 
-    sides = {"generate": lambda: model.generate(prompt, 64).numel(), "general path": general}
-    return report(in_turn(sides, args.rounds), ["generate"], ["general path"])
+    compiled = make_ours(preset).eval()
+    compiled.step = torch.compile(compiled.step)
+    ours = {"generate": model, "generate, compiled step": compiled}
+    sides = {name: lambda model=model: model.generate(prompt, 64).numel() for name, model in ours.items()}
+    return report(in_turn(sides | {"general path": general}, args.rounds), ours, ["general path"])
 
 
 def peak_mb(preset, length):
