@@ -3,6 +3,7 @@
     python data.py                        prepares the default corpus: the standard library of the Python that runs this
     python data.py --dataset=novel.txt    or any UTF-8 text file, or a folder of them
     python data.py --tokenizer=byte       bytes instead of the 1,024 tokens learnt from the training text
+    python data.py --dataset=copy --tokenizer=byte      a task instead of a text: copying letters; or passkey, see below
 
 A corpus is a list of documents. A fifth of them is held out for evaluation; the rest trains the tokenizer and the model.
 Both parts are encoded once, each document followed by a separator, and kept as one flat array of ids on disk:
@@ -83,9 +84,13 @@ def read_files(root, pattern="*"):
 
 
 def read_documents(dataset):
-    """{name: text} of a dataset: "python", or the path of a text file or of a folder."""
+    """{name: text} of a dataset: "python", a task, or the path of a text file or of a folder."""
     path = Path(dataset)
-    if dataset == "python":
+    if dataset in TASKS:
+        random, text = np.random.default_rng(0), passkey_text(0) if dataset == "passkey" else ""
+        sizes = random.integers(*TASKS[dataset], size=200_000, endpoint=True)
+        documents = {str(i): "".join(make_sample(dataset, size, random, text)) for i, size in enumerate(sizes)}
+    elif dataset == "python":
         documents = read_files(sysconfig.get_paths()["stdlib"], "*.py")
         if sum(map(len, documents.values())) < 5_000_000:
             print("the standard library's sources are missing or few here: numpy's and sympy's are taken as well")
@@ -116,6 +121,28 @@ def split_documents(documents):
     ranked = sorted(documents, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
     held_out = set(ranked[: round(len(ranked) * HELD_OUT)])
     return [t for n, t in documents.items() if n not in held_out], [t for n, t in documents.items() if n in held_out]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks with one right answer, for models that have to remember it. A corpus is 200,000 samples, each a document.
+
+TASKS = {"copy": (3, 15), "passkey": (0, 40)}  # the least and the greatest size to train on: with T = 32, it all fits
+
+
+def make_sample(task, size, random, text="", depth=None):
+    """-> (prompt, answer). copy: `size` letters, to be said again. passkey: five digits, to be found again within `size`
+    characters of `text`, at a depth from 0 (their beginning) to 1."""
+    if task == "copy":
+        answer = "".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), size))
+        return f"{answer}>", answer
+    answer, place = f" {random.integers(10**5):05d}", random.integers(len(text) - size)
+    cut = place + int(size * (random.random() if depth is None else depth))
+    return f"{text[place:cut]}\n# key{answer}\n{text[cut : place + size]}\n# key", answer
+
+
+def passkey_text(part):
+    """The Python sources as one text: those to train on (part 0), or those held out (1)."""
+    return "\n".join(split_documents(read_documents("python"))[part])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,7 +306,9 @@ def next_windows(tokens, b, l, seed, step):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Prepares a tokenized corpus and says what it holds.")
-    parser.add_argument("--dataset", default="python", help="python, or the path of a UTF-8 text file or of a folder")
+    parser.add_argument(
+        "--dataset", default="python", help="python, a UTF-8 text file, a folder of them, copy or passkey"
+    )
     parser.add_argument("--tokenizer", default="bpe1024", help="byte, bpeN (N ids, learnt from the text) or gpt2")
     args = parser.parse_args()
     try:

@@ -5,6 +5,7 @@
     python eval_long.py out/prev --dataset=novel.txt          on (the held-out fifth of) another text
     python eval_long.py out/zero out/prev --measure=remembrance       and why: how much of the past weighs on it,
     python eval_long.py out/zero out/prev --measure=init_state        what a wrong state at the start costs
+    python eval_long.py out/copy --measure=recall             for models of --dataset=copy or passkey: right answers
 
 Some positions happen to hold harder text than others, so each token is predicted twice by the same model:
 
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import load_corpus, load_tokenizer, tokenizer_json, write_whole
+from data import TASKS, load_corpus, load_tokenizer, make_sample, passkey_text, tokenizer_json, write_whole
 from model import choose_device, load_run
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
@@ -167,11 +168,36 @@ def init_state(model, tokens, starts, length, T, progress):
     return rows
 
 
+@torch.inference_mode()
+def recall(model, corpus, starts, length, T, progress):
+    """Share of the answers' tokens that a model gets right, the earlier ones given, in the task that it was trained on:
+    64 samples of each size from the trained one up, as far as they fit `length`. Passkeys at three depths."""
+    task, rows, text = corpus.name, [], passkey_text(1) if corpus.name == "passkey" else ""
+    size = TASKS[task][1]
+    while True:
+        for depth in (0.1, 0.5, 0.9) if task == "passkey" else (None,):
+            random, right, tokens = np.random.default_rng(0), [], []
+            for _ in range(64):
+                prompt, answer = map(corpus.tokenizer.encode_ordinary, make_sample(task, size, random, text, depth))
+                if len(prompt + answer) > length:
+                    return rows
+                idx = torch.tensor([prompt + answer], device=model.lm_head.weight.device)
+                guess = model.lm_head(model.hidden(idx[:, :-1])[0][0, -len(answer) :]).argmax(-1)
+                right.append((guess == idx[0, -len(answer) :]).double().mean())
+                tokens.append(len(prompt + answer))
+                progress.update(len(prompt + answer))
+            mean, error = mean_and_error(torch.stack(right))
+            rows.append({"size": size, "to": round(np.mean(tokens)), "depth": depth, "accuracy": mean,
+                         "accuracy_se": error})  # fmt: skip
+        size *= 2
+
+
 # name: the function, the default --max_len, the most sequences by default, tokens forwarded for each one evaluated, and
 # what is on the x axis
 MEASURES = {"perplexity": (perplexity, 65536, 16, 1, "t (tokens before the predicted one, at most)"),
             "remembrance": (remembrance, 4096, 128, 2, "tokens of context kept"),
-            "init_state": (init_state, 512, 256, 13, "tokens after the initial state")}  # fmt: skip
+            "init_state": (init_state, 512, 256, 13, "tokens after the initial state"),
+            "recall": (recall, 2048, 64, 1, "tokens of prompt and answer")}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,6 +240,11 @@ def panels(measure, results):
         lengths = sorted({row["N"] for rows in results.values() for row in rows})
         return [(f"after {N:,} tokens", "Effective Remembrance (total variation)",
                  lines("context", "remembrance", lambda row, N=N: row["N"] == N)) for N in lengths]  # fmt: skip
+    if measure == "recall":
+        depths = {row["depth"]: f"depth {row['depth']}" for rows in results.values() for row in rows}
+        return [("" if depth is None else title, "share of the answers' tokens that are right",
+                 lines("to", "accuracy", lambda row, depth=depth: row["depth"] == depth))
+                for depth, title in depths.items()]  # fmt: skip
     starts = ("noise", "fitted", "foreign", "true")
     return [(run, "cost of the initial state (nats/token)",
              {start: (start, [(row["to"], row["cost"], row["cost_se"]) for row in rows if row["start"] == start])
@@ -223,7 +254,7 @@ def panels(measure, results):
 def print_panels(pictures):
     for title, label, lines in pictures:
         width = max(14, *(len(name) + 2 for name in lines))
-        print(f"\n{label}, {title}; in brackets: standard error over sequences")
+        print(f"\n{', '.join(filter(None, (label, title)))}; in brackets: standard error over sequences")
         print(f"{'tokens':>10}" + "".join(f"{name:>{width}}" for name in lines))
         for i, (x, _, _) in enumerate(next(iter(lines.values()))[1]):
             cells = [points[i][1:] for _, points in lines.values()]
@@ -282,7 +313,9 @@ def main(argv=None):
     most = ", ".join(f"{name} {most}" for name, (_, _, most, *_) in MEASURES.items())
     parser.add_argument("--sequences", type=int, help=f"sequences [as many as the text has, at most {most}]")
     parser.add_argument("--seed", type=int, default=0, help="of where they begin [0]")
-    parser.add_argument("--dataset", help="python, or a UTF-8 text file or a folder of them [the runs']")
+    parser.add_argument(
+        "--dataset", help="python, a UTF-8 text file, a folder of them, or a task (copy, passkey) [the runs']"
+    )
     parser.add_argument("--part", default="val", choices=["val", "train"], help="held-out or training text [val]")
     parser.add_argument("--dt_scale", type=float, default=1.0, help="multiplies dt: below 1, the model's time goes "
                         "slower, a remedy without training [1]")  # fmt: skip
@@ -310,6 +343,10 @@ def main(argv=None):
         tokens = getattr(corpus, args.part)
         whole = length + 128 * longest * (args.measure == "init_state")
         starts = choose_starts(tokens, whole, args.sequences, args.seed, most)
+        if args.measure == "recall" and corpus.name not in TASKS:
+            raise ValueError(
+                f"--measure=recall needs a task, --dataset={corpus.name} is a text: try {' or '.join(TASKS)}"
+            )
         path = Path(args.out) / "results.jsonl"
         known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except (ValueError, OSError) as error:
@@ -335,7 +372,7 @@ def main(argv=None):
                      "seq_len": T}  # fmt: skip
             total = len(starts) * length * passes
             with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
-                rows = measure(model, tokens, starts, length, T, bar)
+                rows = measure(model, corpus if measure is recall else tokens, starts, length, T, bar)
             rows = [facts | settings | row for row in rows]
             known += rows
             text = "".join(json.dumps(row) + "\n" for row in known)

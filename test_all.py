@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -474,6 +475,45 @@ def test_corpus_is_cached_and_damage_is_found(text, monkeypatch, capsys):
         with pytest.raises(ValueError, match=r"is damaged"):
             data.load_corpus(str(text), "bpe300")
     path.write_bytes(content)
+
+
+def test_tasks_have_the_right_answer():
+    """copy: the letters again; passkey: the number hidden at the asked depth; documents hold both, and fit T = 32."""
+    random = np.random.default_rng(1)
+    prompt, answer = data.make_sample("copy", 9, random)
+    assert re.fullmatch("[a-z]{9}>", prompt) and answer == prompt[:9]
+    text = "".join(chr(200 + i) for i in range(1000))
+    for depth, size in itertools.product((0, 0.5, 1), (0, 40)):
+        prompt, answer = data.make_sample("passkey", size, random, text, depth)
+        before, hidden, after = re.fullmatch(r"(.*)\n# key( \d{5})\n(.*)\n# key", prompt).groups()
+        assert (
+            hidden == answer and len(before) == depth * size and len(before + after) == size and before + after in text
+        )
+    documents = data.read_documents("copy")
+    assert len(set(documents.values())) > 190_000 and max(map(len, documents.values())) == 31
+
+
+@torch.no_grad()
+def test_recall_counts_right_answers():
+    """A model that knows the answers scores 1, one that says something else 0, at each size that fits."""
+    tokenizer = data.make_tokenizer("byte", [])
+    corpus = SimpleNamespace(name="copy", tokenizer=tokenizer)
+
+    class Oracle:
+        """Its "hidden" are the logits of what was said (a prompt's length and one) before."""
+
+        lm_head = torch.nn.Identity()
+        lm_head.weight = torch.empty(0)
+
+        def hidden(self, idx, state=None):
+            said = idx[0].roll(idx.shape[1] // 2 + self.late)
+            return F.one_hot(said, 257)[None].float(), None
+
+    oracle = Oracle()
+    for oracle.late, accuracy in ((0, 1.0), (40, 0.0)):
+        rows = eval_long.recall(oracle, corpus, None, 130, 8, tqdm(disable=True))
+        assert [row["to"] for row in rows] == [31, 61, 121]
+        assert all(row["accuracy"] == 1 for row in rows) if accuracy else rows[-1]["accuracy"] < 0.2
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path):

@@ -161,7 +161,11 @@ def make_parser():
         group, "rates_lr", "A and dt_bias, the rates of forgetting, learn so many times faster", type=at_least(0, float)
     )
     flag(group, "seed", "of the weights, the batches and the noise", type=at_least(0))
-    flag(group, "dataset", "python (the standard library's sources), or a UTF-8 text file, or a folder of them")
+    flag(
+        group,
+        "dataset",
+        "python (the standard library's sources), a UTF-8 text file, a folder of them, copy or passkey",
+    )
     flag(group, "tokenizer", "byte, bpeN (N ids, learnt from the text), or gpt2 (downloaded once)")
     flag(group, "device", "auto, cpu, cuda, cuda:1, mps")
     flag(group, "dtype", "of matrix products; auto: bfloat16 if it is fast", choices=["auto", "float32", "bfloat16"])

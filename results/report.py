@@ -19,8 +19,8 @@ from eval_long import MEASURES, draw, panels
 from model import load_run
 
 RESULTS = ROOT / "results"
-PLACE = ("seq_len", "to", "N", "context", "start")  # what tells the rows of a run and measure apart
-NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost")
+PLACE = ("seq_len", "to", "N", "context", "start", "depth")  # what tells the rows of a run and measure apart
+NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
 LABELS = {"base": "base", "zero": "zero (control)", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
           "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
 WHEN = {"training length T": ("T=16", "steps=1000", "T=64", "T=128"),
@@ -157,6 +157,10 @@ def main():
         figure("why", panels("perplexity", repair)[2:] + panels("remembrance", remembrance))
         figure("heads", head_pictures(rows))
         figure("init_state", panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
+    tasks = over_seeds(rows, "recall")
+    for task in ("copy", "passkey"):
+        runs = {kind: points for kind, points in tasks.items() if kind.startswith(task)}
+        figure(task, runs and panels("recall", runs), "recall")
     scratch = pick(results, ["prev", "tbtt", "scratch-prev", "scratch-tbtt"])
     if "scratch-prev" in scratch:
         print("\n".join(repair_table(scratch)))

@@ -28,6 +28,10 @@ measure() { # measure NAME FLAGS...
 
 evaluate() { # evaluate NAME: all that is asked about this kind of run
     case $1 in
+    copy-*)
+        measure "$1" --measure=recall --max_len=256 ;;
+    passkey-*)
+        measure "$1" --measure=recall ;;
     base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-* | long-* | scratch-*)
         measure "$1" --max_len=$length --sequences=8 ;;
     *)
@@ -48,8 +52,10 @@ evaluate() { # evaluate NAME: all that is asked about this kind of run
 }
 
 job() { # job train|evaluate NAME FLAGS...
-    "$@" >>"$folder/$2.txt" 2>&1 || { echo "$2 failed: $(tail -n 1 "$folder/$2.txt")"; exit 255; }
-    echo "$(date +%T) ${*:1:2}"
+    name=$2
+    trap '[ $? = 0 ] || { echo "$name failed: $(tail -n 1 "$folder/$name.txt")"; exit 255; }' EXIT
+    "$@" >>"$folder/$name.txt" 2>&1
+    echo "$(date +%T) $1 $name"
 }
 
 in_parallel() { # a job for each line of what comes in
@@ -92,6 +98,12 @@ done | in_parallel
         echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=1000"
         for steps in 500 1000 4000; do
             echo "train steps=$steps --steps=$steps"
+        done
+        for state in zero prev; do # 5. strict generalization
+            echo "train copy-$state --init_state=$state --dataset=copy --tokenizer=byte --steps=1500"
+        done
+        for state in zero fitted prev; do
+            echo "train passkey-$state --init_from=$folder/base-0 --init_state=$state --dataset=passkey"
         done
     }
 } | in_parallel
