@@ -2,6 +2,7 @@
 
     python data.py                        prepares the default corpus: the standard library of the Python that runs this
     python data.py --dataset=novel.txt    or any UTF-8 text file, or a folder of them
+    python data.py --dataset=https://example.com/novel.txt.gz      or the address of one, .gz and .zip included
     python data.py --tokenizer=byte       bytes instead of the 1,024 tokens learnt from the training text
     python data.py --dataset=copy --tokenizer=byte      a task instead of a text: copying letters; or passkey, see below
 
@@ -16,14 +17,20 @@ so that text or a tokenizer that changed can never meet tokens of an older one. 
 
 import argparse
 import base64
+import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import sysconfig
+import urllib.request
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,8 +90,42 @@ def read_files(root, pattern="*"):
     return documents
 
 
+def download(url):
+    """-> the path of a file from the internet: what is in it, if it is a .gz or .zip. Kept in data/downloads."""
+    path = (
+        Path("data/downloads") / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rstrip('/').rpartition('/')[2]}"
+    )
+    unpacked = path.with_suffix("") if path.suffix in (".gz", ".zip") else path
+
+    def fetch(file):
+        with urllib.request.urlopen(url, timeout=30) as response:
+            length = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=length, desc=url, unit="B", unit_scale=True, disable=None) as bar:
+                while block := response.read(2**16):
+                    bar.update(file.write(block))
+                if bar.total and file.tell() < length:
+                    raise OSError(f"it broke off after {file.tell():,} of {length:,} bytes")
+
+    try:
+        if not path.exists():
+            write_whole(path, fetch)
+        if path.suffix == ".gz" and not unpacked.exists():
+            with gzip.open(path) as packed:
+                write_whole(unpacked, lambda file: shutil.copyfileobj(packed, file))
+        elif path.suffix == ".zip" and not unpacked.exists():
+            with zipfile.ZipFile(path) as archive:
+                largest = max(archive.infolist(), key=lambda member: member.file_size)
+                write_whole(unpacked, lambda file: shutil.copyfileobj(archive.open(largest), file))
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, HTTPException) as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f"--dataset={url} cannot be had ({error}): the default, python, needs no internet") from None
+    return unpacked
+
+
 def read_documents(dataset):
-    """{name: text} of a dataset: "python", a task, or the path of a text file or of a folder."""
+    """{name: text} of a dataset: "python", a task, the path of a text file or of a folder, or an address of a file."""
+    if dataset.startswith(("http://", "https://")):
+        return read_documents(str(download(dataset)))
     path = Path(dataset)
     if dataset in TASKS:
         random, text = np.random.default_rng(0), passkey_text(0) if dataset == "passkey" else ""
@@ -200,8 +241,32 @@ def make_tokenizer(spec, texts):
                              special_tokens={SEPARATOR: size - 1})  # fmt: skip
 
 
+class HuggingFace:
+    """The text of a tokenizer.json of the `tokenizers` library, behind those calls of a tiktoken.Encoding that we use."""
+
+    def __init__(self, text):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError("this tokenizer.json needs another package: pip install tokenizers") from None
+        self.name, self.text, self.tokenizer = "huggingface", text, Tokenizer.from_str(text)
+        self.tokenizer.encode_special_tokens = True  # a separator that stands in a text is text
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+        self.decode, self.encode_single_token = self.tokenizer.decode, self.tokenizer.token_to_id
+
+    def encode_ordinary(self, text):
+        return self.encode_ordinary_batch([text])[0]
+
+    def encode_ordinary_batch(self, texts):
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
 def tokenizer_json(tokenizer):
     """A tokenizer as text: what is saved, and what its hash is taken of."""
+    if isinstance(tokenizer, HuggingFace):
+        return tokenizer.text
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
     ranks = [[base64.b64encode(token).decode(), rank] for token, rank in ranks]
     fields = {"name": tokenizer.name, "pattern": tokenizer._pat_str, "special": tokenizer._special_tokens}
@@ -209,10 +274,12 @@ def tokenizer_json(tokenizer):
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a run folder (its tokenizer.json), or of such a file."""
+    """The tokenizer of a run folder (its tokenizer.json), or of such a file: one written here, or one of Hugging Face."""
     path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(text := path.read_text(encoding="utf-8"))
+        if "model" in fields:
+            return HuggingFace(text)
         ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
         return tiktoken.Encoding(fields["name"], pat_str=fields["pattern"], mergeable_ranks=ranks,
                                  special_tokens=fields["special"])  # fmt: skip

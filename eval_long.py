@@ -23,7 +23,6 @@ Dimensions, the same letters in every file:
 """
 
 import argparse
-import hashlib
 import json
 import math
 import sys
@@ -354,10 +353,9 @@ def main(argv=None):
 
     results = {}
     for run, (model, checkpoint) in runs.items():
-        if checkpoint["corpus_hash"] != corpus.hash:
+        if checkpoint["corpus_hash"] not in (None, corpus.hash):
             print(f"note: {run} was trained on corpus {checkpoint['corpus_hash']}, this is {corpus.hash}")
-        file = Path(run) / "ckpt.pt" if Path(run).is_dir() else Path(run)
-        settings = {"measure": args.measure, "checkpoint": hashlib.sha256(file.read_bytes()).hexdigest()[:12], "corpus_hash": corpus.hash,
+        settings = {"measure": args.measure, "checkpoint": checkpoint["sha256"][:12], "corpus_hash": corpus.hash,
                     "part": args.part, "dt_scale": args.dt_scale, "max_len": length, "sequences": len(starts),
                     "seed": args.seed}  # fmt: skip
         rows = [row for row in known if settings.items() <= row.items()]

@@ -16,10 +16,12 @@ Dimensions, the same letters in every file:
     g group of B, C · r head within its group (h = g r) · n state dim · d model width
 """
 
+import hashlib
+import json
 import math
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -51,6 +53,7 @@ class Mamba2Config:
     A_init_range: tuple = (1, 16)  # rates of forgetting; with dt, a head remembers about 1 / (dt A) tokens
     dt_min: float = 1e-3
     dt_max: float = 0.1
+    tie_embeddings: bool = True  # lm_head's weight is the embedding's
     chunk: int = 64  # of the scan, in tokens; changes speed, not results
     backend: str | None = None  # of the scan: "triton", "torch", or None for the best there is
 
@@ -177,7 +180,8 @@ class Mamba2LM(nn.Module):
         self.backbone.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.backbone.norm_f = nn.RMSNorm(config.d_model, eps=1e-5)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.lm_head.weight = self.backbone.embedding.weight
+        if config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embedding.weight
         self.init_weights()
 
     @torch.no_grad()
@@ -192,7 +196,8 @@ class Mamba2LM(nn.Module):
         No weight decay on dt_bias, A_log, D, norms and biases (train.py: on nothing with one dimension)."""
         config = self.config
         h = config.nheads
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        for weight in (self.backbone.embedding.weight, self.lm_head.weight):
+            nn.init.normal_(weight, std=0.02)
         for block in self.backbone.layers:
             mixer = block.mixer
             mixer.out_proj.weight /= math.sqrt(config.n_layer)  # torch's own initialisation is the uniform one above
@@ -290,23 +295,91 @@ class Mamba2LM(nn.Module):
         return torch.stack(out, dim=1)
 
 
+# Official checkpoints: a folder with config.json and pytorch_model.bin (mamba_ssm), or model.safetensors (transformers).
+OFFICIAL_FILES = ("pytorch_model.bin", "model.safetensors")
+# What their configurations call our fields (mamba_ssm: as we do), and the only value that we implement of others.
+TRANSFORMERS = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state", "head_dim": "headdim",
+                "n_groups": "ngroups", "conv_kernel": "d_conv", "expand": "expand", "vocab_size": "vocab_size",
+                "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
+MAMBA_SSM = ("d_model", "n_layer", "d_state", "headdim", "ngroups", "d_conv", "expand", "vocab_size", "tie_embeddings")
+ONLY = {"model_type": "mamba2", "layer": "Mamba2", "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "d_ssm": None,
+        "rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "bias": False, "conv_bias": True,
+        "dt_limit": [0.0, math.inf], "time_step_limit": [0.0, math.inf], "use_bias": False, "use_conv_bias": True,
+        "hidden_act": "silu", "layer_norm_epsilon": 1e-5}  # fmt: skip
+EVERYWHERE = (
+    "A_init_range",
+    "dt_min",
+    "dt_max",
+    "dt_init_floor",
+    "conv_init",
+    "chunk_size",
+    "use_mem_eff_path",
+    "layer_idx",
+)
+
+
+def load_official(file):
+    """file: the weights, beside their config.json -> (Mamba2Config, weights by our names). ValueError names what differs from the architecture here."""
+    infinity = lambda d: float(d["__float__"]) if "__float__" in d else d  # how transformers may write it
+    fields = json.loads(file.with_name("config.json").read_text(), object_hook=infinity)
+    if "hidden_size" in fields:
+        fields = {"tie_word_embeddings": False} | fields  # transformers' default
+        ours = {name: fields[theirs] for theirs, name in TRANSFORMERS.items() if theirs in fields}
+        unknown = set()
+    else:
+        unknown = set(fields.get("ssm_cfg", {})) - {*MAMBA_SSM, *ONLY, *EVERYWHERE}
+        fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})  # mamba_ssm's default
+        ours = {name: fields[name] for name in MAMBA_SSM if name in fields}
+    wrong = unknown | {name for name, value in ONLY.items() if name in fields and fields[name] != value}
+    if wrong:
+        raise ValueError(", ".join(f"{name}={fields[name]} is not implemented" for name in sorted(wrong)))
+    if file.suffix == ".bin":
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError("model.safetensors needs another package: pip install safetensors") from None
+        try:
+            weights = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(error) from None
+    weights = {name.replace("backbone.embeddings.", "backbone.embedding."): weight for name, weight in weights.items()}
+    rows, step = len(weights["backbone.embedding.weight"]), fields.get("pad_vocab_size_multiple", 1)
+    if rows not in (ours["vocab_size"], -(-ours["vocab_size"] // step) * step):
+        raise ValueError(f"an embedding of {rows} rows does not fit vocab_size={ours['vocab_size']}")
+    config = Mamba2Config(**ours | {"vocab_size": rows})
+    if config.tie_embeddings:
+        weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"])
+    return config, weights
+
+
 def load_run(path, device="cpu"):
-    """-> (model in eval mode, checkpoint dict) of a run folder such as out/prev, or of its ckpt.pt. ValueError or
-    OSError, in one line, if it is not one. Loads tensors and plain values only: a file cannot run code."""
-    path = Path(path)
-    path = path / "ckpt.pt" if path.is_dir() else path
+    """-> (model in eval mode, checkpoint dict) of a run folder such as out/prev, or of its ckpt.pt, or of a folder in an
+    official format, whose checkpoint is made up: it was trained on T = 2,048. ValueError or OSError, in one line, if it is
+    not one. Loads tensors and plain values only: a file cannot run code."""
+    file = Path(path)
+    if file.is_dir():
+        file = next((f for f in map(file.joinpath, OFFICIAL_FILES) if f.exists()), file / "ckpt.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        config = Mamba2Config(**checkpoint["config"])
-        weights = checkpoint["model"]
+        if file.name in OFFICIAL_FILES:
+            config, weights = load_official(file)
+            args = asdict(config) | {"seq_len": 2048, "batch_size": 8, "init_state": "zero", "dataset": "python",
+                                     "preset": "small", "tokenizer": "its own"}  # fmt: skip
+            checkpoint = {"config": asdict(config), "args": args, "step": 0, "tokens": 0, "corpus_hash": None}
+        else:
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+            config, weights = Mamba2Config(**checkpoint["config"]), checkpoint["model"]
+        checkpoint["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         model = Mamba2LM(config).to(device)
         model.load_state_dict(weights)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason})") from None
+        raise ValueError(f"{file} is not a whole checkpoint ({type(error).__name__}: {reason})") from None
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
-        raise ValueError(f"{path}: weights that are not finite: {', '.join(broken)}")
+        raise ValueError(f"{file}: weights that are not finite: {', '.join(broken)}")
     return model.eval(), checkpoint
 
 

@@ -6,6 +6,9 @@ pass over the whole text, an uninterrupted run. Where gradients are compared, th
 Triton's kernels run on a GPU if there is one; elsewhere on CPU tensors in Triton's interpreter, and compiled for GPUs that
 are not here. Passed with triton 3.5.0 (whose interpreter needs NumPy below 2.4), 3.7.0 and 3.9.0, without a GPU."""
 
+import gzip
+import http.server
+import io
 import itertools
 import json
 import math
@@ -15,7 +18,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import unicodedata
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -477,6 +483,50 @@ def test_corpus_is_cached_and_damage_is_found(text, monkeypatch, capsys):
     path.write_bytes(content)
 
 
+def test_dataset_from_an_address(tmp_path, monkeypatch):
+    """A text, .gz and .zip from a server; one that breaks off, is not there or is no .gz leaves nothing behind."""
+    text = "".join(f"line {i}: caf\u00e9\n" for i in range(5000)).encode()
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("readme", "short")
+        archive.writestr("text", text)
+    files = {
+        "/a.txt": text,
+        "/a.txt.gz": gzip.compress(text),
+        "/a.zip": zipped.getvalue(),
+        "/cut.txt": text,
+        "/bad.gz": text,
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = files.get(self.path)
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body or "") + 1000 * (self.path == "/cut.txt")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in ("a.txt", "a.txt.gz", "a.zip"):
+            assert list(data.read_documents(f"{address}/{name}").values()) == [text.decode()]
+        files["/a.txt"] = b""  # it is kept: the server is not asked again
+        assert data.load_corpus(f"{address}/a.txt", "byte").train.size > 60_000
+        before = sorted(Path("data/downloads").iterdir())
+        for name in ("cut.txt", "none.txt", "bad.gz"):
+            with pytest.raises(ValueError, match="needs no internet"):
+                data.read_documents(f"{address}/{name}")
+        assert sorted(Path("data/downloads").iterdir()) == before
+        server.shutdown()
+    with pytest.raises(ValueError, match="needs no internet"):
+        data.read_documents(f"{address}/other.txt")
+
+
 def test_tasks_have_the_right_answer():
     """copy: the letters again; passkey: the number hidden at the asked depth; documents hold both, and fit T = 32."""
     random = np.random.default_rng(1)
@@ -743,6 +793,129 @@ def test_bad_input_is_exit_code_2_and_touches_nothing(work, flags, message, caps
     before = sorted(Path().rglob("*"))
     assert run_train(work, *flags) == 2
     assert message in capsys.readouterr().err and sorted(Path().rglob("*")) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Official checkpoints and tokenizers, made up here in the same formats
+
+
+@pytest.fixture
+def official(tmp_path):
+    """-> function(model) that writes it as a mamba_ssm folder, with a tokenizer of the kind that GPT-NeoX has."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.normalizer = tokenizers.normalizers.NFC()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=[data.SEPARATOR], initial_alphabet=alphabet)
+    bpe.train_from_iterator(["def hello(world):\n    return world\n" * 9], trainer)
+    bpe.add_tokens(["  ", "    "])
+
+    def write(model, **changes):
+        config, folder = model.config, tmp_path / "official model \u00e9"
+        folder.mkdir(exist_ok=True)
+        fields = {"d_model": config.d_model, "d_intermediate": 0, "n_layer": config.n_layer, "vocab_size": 300,
+                  "ssm_cfg": {"layer": "Mamba2", "d_state": config.d_state, "headdim": config.headdim, "chunk_size": 256},
+                  "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
+                  "pad_vocab_size_multiple": 16, "tie_embeddings": True}  # fmt: skip
+        fields["ssm_cfg"] |= changes.pop("ssm_cfg", {})
+        (folder / "config.json").write_text(json.dumps(fields | changes))
+        torch.save(model.half().state_dict(), folder / "pytorch_model.bin")
+        (folder / "tokenizer.json").write_text(bpe.to_str())
+        return folder
+
+    return write
+
+
+def official_model():
+    torch.manual_seed(0)
+    return Mamba2LM(Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16))  # 300 ids, padded to 304
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups, tied, l", [(1, True, 37), (2, False, 50), (2, True, 1)])
+def test_transformers_computes_the_same(groups, tied, l, tmp_path):
+    """Our weights there, theirs here: the same logits, after a text and going on from the state that it left."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 16, "ngroups": groups, "tie_embeddings": tied}
+    ours = Mamba2LM(Mamba2Config(61, **sizes)).eval()
+    sizes = {name: sizes[mine] for name, mine in model_file.TRANSFORMERS.items() if mine in sizes}
+    theirs = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(vocab_size=61, num_heads=4, chunk_size=8, **sizes)
+    )
+    theirs.load_state_dict({name.replace("embedding.", "embeddings."): w for name, w in ours.state_dict().items()})
+    theirs.eval().save_pretrained(tmp_path)
+    back, checkpoint = load_run(tmp_path)
+    assert checkpoint["args"]["seq_len"] == 2048
+    idx, more = random_ids(2, l), random_ids(2, 1)
+    logits, _, state = ours(idx)
+    expected = theirs(idx, use_cache=True)
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+    next_logits = theirs(more, cache_params=expected.cache_params).logits
+    torch.testing.assert_close(ours(more, state=state)[0], next_logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(back(idx)[0], logits)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    for broken in (content[:100], content[:-9], b"\xff" + content[1:]):
+        (tmp_path / "model.safetensors").write_bytes(broken)
+        with pytest.raises(ValueError, match="not a whole checkpoint"):
+            load_run(tmp_path)
+
+
+def test_official_folder_is_read_or_refused_by_name(official):
+    """float16 weights come as float32; a field, a vocabulary or a pickle that does not fit is named."""
+    model = official_model()
+    folder = official(model)
+    back = load_run(folder)[0]
+    assert all(
+        t.dtype == torch.float32 and torch.equal(t, model.state_dict()[n].float()) for n, t in back.state_dict().items()
+    )
+    for changes, message in (({"attn_layer_idx": [1]}, "attn_layer_idx"), ({"d_intermediate": 64}, "d_intermediate"),
+                             ({"ssm_cfg": {"layer": "Mamba1"}}, "layer=Mamba1"), ({"vocab_size": 280}, "vocab_size=280"),
+                             ({"ssm_cfg": {"new_thing": 1}}, "new_thing=1"), ({"d_model": 48}, "size mismatch"),
+                             ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_run(official(model, **changes))
+    official(model)
+    torch.save({"backbone": os.system}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        load_run(folder)
+
+
+def test_hugging_face_tokenizer_gives_the_same_ids(official):
+    """Behind our calls: the same ids as from the library, NFC and runs of spaces included; the file stays as it is."""
+    from tokenizers import Tokenizer
+
+    folder = official(official_model())
+    ours, theirs = data.load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in ("def  hello(cafe\u0301):\n        return\t1\n", "   ", "\u65e5\u672c \U0001f600 a<b", ""):
+        assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ours.encode_ordinary(text)) == unicodedata.normalize("NFC", text)
+    assert ours.encode_single_token(data.SEPARATOR) not in ours.encode_ordinary(data.SEPARATOR)
+    assert data.tokenizer_json(ours) == (folder / "tokenizer.json").read_text()
+
+
+def test_post_training_of_an_official_checkpoint(official, work, capsys):
+    """The paper's experiment in two commands, at a tiny size: post-training of the folder, then the long evaluation."""
+    folder = official(official_model())
+    flags = [
+        f"--dataset={work}",
+        f"--init_from={folder}",
+        "--seq_len=16",
+        "--batch_size=4",
+        "--steps=3",
+        "--device=cpu",
+    ]
+    assert not train.main([*flags, "--init_state=prev"])
+    assert data.tokenizer_json(data.load_tokenizer("out/prev")) == (folder / "tokenizer.json").read_text()
+    assert (
+        evaluate_runs(str(folder), "out/prev", f"--dataset={work}", "--max_len=2048", "--sequences=1", "--out=ev") == 0
+    )
+    assert Path("ev/perplexity.png").exists() and len(read_jsonl("ev/results.jsonl")) == 1 + 8
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 256}))
+    assert evaluate_runs(str(folder), "--out=ev") == 2
+    assert "vocab_size=256" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

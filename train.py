@@ -207,6 +207,8 @@ def resolve(given):
             model, checkpoint = load_run(given["init_from"])
             fixed, why = {*MODEL_FLAGS, "seq_len", "tokenizer", "preset"}, f"--init_from={given['init_from']}"
             args |= {name: checkpoint["args"][name] for name in fixed | {"batch_size", "dataset"}} | POST_TRAINING
+            if checkpoint["corpus_hash"] is None:  # an official checkpoint: its T is not in its files
+                fixed.remove("seq_len")
     for name in fixed & set(given):
         if given[name] not in (args[name], "auto"):
             raise ValueError(f"--{name}={given[name]} contradicts {why}, where it is {args[name]}: leave it out")
@@ -349,6 +351,9 @@ def main(argv=None):
         if resuming and corpus.hash != checkpoint["corpus_hash"]:
             raise ValueError(f"{out} was trained on corpus {checkpoint['corpus_hash']}, which is not here any more")
         b, T = args["batch_size"], args["seq_len"]
+        if model is not None and corpus.tokenizer.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{run}: a tokenizer of {corpus.tokenizer.n_vocab} ids is not this model's, which has "
+                             f"{model.config.vocab_size}")  # fmt: skip
         if len(corpus.train) < 2 * T or len(corpus.val) < 2 * T:
             raise ValueError(f"--dataset={args['dataset']} holds less than two windows of {T} tokens in a part of it")
         torch.manual_seed(args["seed"])
