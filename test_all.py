@@ -758,6 +758,18 @@ def test_post_training_takes_over_the_architecture(work, capsys):
     assert "--seq_len=16 contradicts" in capsys.readouterr().err and not Path("other").exists()
 
 
+@pytest.mark.parametrize("mode", ["noise", "prev", "tbtt"])
+def test_parts_of_a_batch_equal_the_whole(work, mode):
+    """--grad_accum: the same weights within rounding, the same carried state."""
+    for parts in (1, 4):
+        assert run_train(work, f"--init_state={mode}", "--steps=4", f"--grad_accum={parts}", f"--out=out/{parts}") == 0
+    (_, whole), (_, parts) = load_run("out/1"), load_run("out/4")
+    for name, weight in whole["model"].items():
+        torch.testing.assert_close(parts["model"][name], weight, atol=1e-5, rtol=1e-4)
+    for name, tensors in whole["init_state"].items():
+        torch.testing.assert_close(parts["init_state"][name], tensors, atol=1e-4, rtol=1e-3)
+
+
 def test_rates_of_forgetting_have_their_own_learning_rate(work):
     """--rates_lr=0 holds A and dt_bias and nothing else; 10 moves them about ten times as far as 1 in the first step."""
     assert run_train(work, "--init_state=zero", "--steps=1") == 0

@@ -57,8 +57,8 @@ PRESETS = {
 }  # fmt: skip
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
             "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0],
-            "noise_std": 0.1, "init_prob": 1.0, "rates_lr": 1.0, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
-POST_TRAINING = {"steps": 500, "lr": 2e-3, "init_prob": 0.5}  # with --init_from
+            "noise_std": 0.1, "init_prob": 1.0, "rates_lr": 1.0, "grad_accum": 1, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
+POST_TRAINING = {"steps": 500, "lr": 1e-3, "init_prob": 0.2, "rates_lr": 20.0}  # with --init_from
 MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 
 WARMUP, FINAL_LR = 0.1, 0.1  # shares: of the steps, of the peak; in between a cosine
@@ -80,6 +80,10 @@ class InitialState:
         self.noise_std, self.init_prob = args["noise_std"], args["init_prob"]
         self.memory = {name: [t.to(device) for t in tensors] for name, tensors in (memory or {}).items()}
 
+    def zeros(self, b):
+        """How many of b sequences start from zero: always the first ones, so that the chains of the others grow long."""
+        return b if self.mode == "zero" else b - round(self.init_prob * b)
+
     def draw(self, model, b, step):
         if self.mode == "zero":
             return None
@@ -96,8 +100,7 @@ class InitialState:
         else:  # zero before the first step
             ssm = self.memory.get("ssm", ssm)
         conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * len(ssm)
-        # Always the same rows start from zero, so that the chains of the others grow as long as the training.
-        zeros = b - round(self.init_prob * b)
+        zeros = self.zeros(b)
         ssm = [torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in ssm] if zeros else ssm
         conv = [t if t is None else torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in conv]
         return list(zip(conv, ssm))
@@ -155,6 +158,7 @@ def make_parser():
     flag(group, "preset", "defaults of size and training: tiny and mid for a CPU, small for a GPU", choices=PRESETS)
     flag(group, "steps", "optimizer steps", type=at_least(1))
     flag(group, "batch_size", "sequences a step", type=at_least(1))
+    flag(group, "grad_accum", "equal parts that a step's batch is taken in, to need less memory", type=at_least(1))
     flag(group, "seq_len", "T, the tokens of a training sequence, an even number", type=at_least(2))
     flag(group, "lr", "peak learning rate", type=at_least(0, float))
     flag(
@@ -213,6 +217,8 @@ def resolve(given):
         if given[name] not in (args[name], "auto"):
             raise ValueError(f"--{name}={given[name]} contradicts {why}, where it is {args[name]}: leave it out")
     args = args | {name: value for name, value in given.items() if name not in fixed} | {"out": str(out)}
+    if args["batch_size"] % args["grad_accum"]:
+        raise ValueError(f"--grad_accum={args['grad_accum']} does not divide --batch_size={args['batch_size']}")
     if args["seq_len"] % 2:
         raise ValueError(f"--seq_len={args['seq_len']} should be even: evaluation works with halves of it")
     return args, out, model, checkpoint
@@ -381,23 +387,34 @@ def main(argv=None):
     print(f"training  {args['init_state']}, {b} x {T} tokens/step, {args['steps'] * b * T:,} tokens -> {out}")
 
     def batch_of(step):
-        windows = next_windows if args["init_state"] == "tbtt" else random_windows
-        batch = windows(corpus.train, b, T, args["seed"], step).to(device)
+        batch = random_windows(corpus.train, b, T, args["seed"], step)
+        if args["init_state"] == "tbtt":
+            zeros = init.zeros(b)
+            batch[zeros:] = next_windows(corpus.train, b, T, args["seed"], step)[zeros:]
+        batch = batch.to(device)
         return batch[:, :-1], batch[:, 1:]
 
     def train_step(step):
         idx, targets = batch_of(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["scale"]
-        with autocast:
-            _, loss, state = model(idx, targets, init.draw(model, b, step))
         optimizer.zero_grad()
-        loss.backward()
+        start, states, mean_loss = init.draw(model, b, step), [], 0.0
+        for rows in torch.arange(b).chunk(args["grad_accum"]):
+            rows = slice(rows[0], rows[-1] + 1)
+            part = start and [[t if t is None else t[rows] for t in layer] for layer in start]
+            with autocast:
+                _, loss, state = model(idx[rows], targets[rows], part)
+            loss = loss / args["grad_accum"]
+            loss.backward()
+            mean_loss += loss.item()
+            states.append([[t.detach() for t in layer] for layer in state])
+        state = states[0] if len(states) == 1 else [[torch.cat(t) for t in zip(*layers)] for layers in zip(*states)]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         if torch.isfinite(grad_norm):
             optimizer.step()
             init.observe(state)
-        return loss.item(), grad_norm.item(), state
+        return mean_loss, grad_norm.item(), state
 
     def fit(step, rate):
         with torch.no_grad(), autocast, eager():

@@ -23,14 +23,18 @@ PLACE = ("seq_len", "to", "N", "context", "start", "depth")  # what tells the ro
 NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
 LABELS = {"base": "base", "zero": "zero (control)", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
           "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
-WHEN = {"training length T": ("T=16", "steps=1000", "T=64", "T=128"),
-        "range of A": ("steps=1000", "A=0.1", "A=1", "A=official"),
-        "state size n": ("n=16", "n=64", "steps=1000"),
+WHEN = {"training length T": ("T=16", "steps=500", "T=64", "T=128"),
+        "range of A": ("steps=500", "A=0.1", "A=1", "A=official"),
+        "state size n": ("n=16", "n=64", "steps=500"),
         "training tokens": ("steps=500", "steps=1000", "base", "steps=4000")}  # fmt: skip
-WHEN_LABELS = {("training length T", "steps=1000"): "T=32", ("range of A", "steps=1000"): "0.01 to 16",
-               ("state size n", "steps=1000"): "n=128", "A=0.1": "0.1 to 16", "A=1": "1 to 16, logarithmic",
+WHEN_LABELS = {("training length T", "steps=500"): "T=32", ("range of A", "steps=500"): "0.01 to 16",
+               ("state size n", "steps=500"): "n=128", "A=0.1": "0.1 to 16", "A=1": "1 to 16, logarithmic",
                "A=official": "1 to 16, uniform (official)", "steps=500": "2M", "steps=1000": "4.1M", "base": "8.2M",
                "steps=4000": "16.4M"}  # fmt: skip
+DEPENDS = {"zero": "zero (control)", "prev": "prev", "init_prob=0.5": "prev, init_prob 0.5", "init_prob=1": "prev, init_prob 1",
+           "rates_lr=1": "prev, rates_lr 1", "noise_std=0.01": "noise, std 0.01", "noise_std=0.03": "noise, std 0.03",
+           "noise": "noise, std 0.1", "noise_std=0.3": "noise, std 0.3"}  # fmt: skip
+SCRATCH = {"prev": "prev", "tbtt": "tbtt", "scratch-prev": "prev from scratch", "scratch-tbtt": "tbtt from scratch"}
 SHADES = ("#DCC15A", "#56A36C", "#2D708E", "#440154")
 
 
@@ -59,22 +63,25 @@ def over_seeds(rows, measure):
     return merged
 
 
-def pick(results, kinds):
-    return {LABELS.get(kind, kind): results[kind] for kind in kinds if kind in results}
+def pick(results, labels):
+    return {label: results[kind] for kind, label in labels.items() if kind in results}
 
 
-def repair_table(results, ts=(128, 512, 2048, 8192, 32768, 131072)):
-    """The README's: excess at some t, mean and spread over the seeds; the loss within T."""
-    base = next(iter(results.values()))
-    ts = [t for t in ts if t in [row["to"] for row in base]]
+def excess_table(results, ts=(128, 512, 2048, 8192, 32768, 131072)):
+    """Excess up to some t, mean and spread over the seeds; the loss within T."""
+    present = {row["to"] for rows in results.values() for row in rows}
+    ts = [t for t in ts if t in present]
     lines = ["| | " + " | ".join(f"t = {t:,}" for t in ts) + " | loss within T |", "|---" * (len(ts) + 2) + "|"]
     for name, rows in results.items():
         at = {row["to"]: row for row in rows}
-        cells = [f"{at[t]['excess']:+.2f} ± {at[t]['excess_se']:.2f}" if t in at else "" for t in ts]
-        lines.append(
-            f"| {name} | " + " | ".join(cells) + f" | {rows[0]['window_loss']:.3f} ± {rows[0]['window_loss_se']:.3f} |"
-        )
-    return lines
+        cells = [spread(at[t], "excess", "+.2f") if t in at else "" for t in ts]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {spread(rows[0], 'window_loss', '.3f')} |")
+    return "\n".join(lines)
+
+
+def spread(row, name, how):
+    """A mean with its standard deviation over the seeds, if there were several."""
+    return f"{row[name]:{how}}" + (f" ± {row[name + '_se']:{how[-3:]}}" if row["seeds"] > 1 else "")
 
 
 def when_pictures(results):
@@ -95,7 +102,42 @@ def when_table(results):
                 if row["to"] == 256 * row["seq_len"]:
                     label = WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind))
                     lines.append(f"| {title}: {label} | {row['excess']:+.2f} | {row['window_loss']:.2f} |")
-    return lines
+    return "\n".join(lines)
+
+
+def remembrance_table(results):
+    """Effective Remembrance when only the last half, or the last T = 32 tokens, are kept."""
+    places = [(128, 64), (128, 32), (4096, 2048), (4096, 32)]
+    lines = ["| | " + " | ".join(f"N = {N:,}, last {context:,}" for N, context in places) + " |", "|---" * 5 + "|"]
+    for name, rows in results.items():
+        at = {(row["N"], row["context"]): row for row in rows}
+        lines.append(f"| {name} | " + " | ".join(spread(at[place], "remembrance", ".2f") for place in places) + " |")
+    return "\n".join(lines)
+
+
+def start_table(results):
+    """The cost of initial states over the first tokens (the buckets up to 8, weighted by their tokens) and at 129 to 256."""
+    lines = ["| | " + " | ".join(f"{start}, {span}" for start in ("foreign", "true") for span in ("first 8", "129 to 256"))
+             + " | noise, first 8 | fitted, first 8 |", "|---" * 7 + "|"]  # fmt: skip
+    for name, rows in results.items():
+        cost = {}
+        for row in rows:
+            if row["to"] <= 8:
+                cost[row["start"], 8] = cost.get((row["start"], 8), 0) + row["cost"] * (row["to"] - row["from"]) / 8
+            cost[row["start"], row["to"]] = row["cost"] if row["to"] > 8 else cost[row["start"], 8]
+        keys = [("foreign", 8), ("foreign", 256), ("true", 8), ("true", 256), ("noise", 8), ("fitted", 8)]
+        lines.append(f"| {name} | " + " | ".join(f"{cost[key]:+.2f}" for key in keys) + " |")
+    return "\n".join(lines)
+
+
+def recall_table(tasks):
+    lines = ["| | " + " | ".join(f"size {name}" for name in ("1x", "2x", "4x", "8x")) + " |", "|---" * 5 + "|"]
+    for name, rows in tasks.items():
+        for depth in sorted({row["depth"] for row in rows}, key=str):
+            found = [row for row in rows if row["depth"] == depth][:4]
+            label = name if depth is None else f"{name}, depth {depth}"
+            lines.append(f"| {label} | " + " | ".join(f"{row['accuracy']:.2f}" for row in found) + " |")
+    return "\n".join(lines)
 
 
 def head_pictures(rows):
@@ -135,36 +177,47 @@ def main():
         if not quick:
             export(folder / "base-0")
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    results = over_seeds(rows, "perplexity")
+    for name, table in tables(rows).items():
+        print(f"\n{name}\n{table}")
+    for name, (pictures, measure) in figures(rows).items():
+        draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
+        print(out / f"{name}.png")
 
-    def figure(name, pictures, measure="perplexity"):
-        if pictures:
-            draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
-            print(out / f"{name}.png")
 
-    repair = pick(results, LABELS)
-    print("\n".join(repair_table(repair)))
-    figure("repair", panels("perplexity", repair)[:2])
-    figure(
-        "noise",
-        panels("perplexity", pick(results, ["base", "noise_std=0.01", "noise_std=0.03", "noise", "noise_std=0.3"]))[:2],
-    )
-    if "steps=1000" in results:
-        print("\n".join(when_table(results)))
-        figure("when", when_pictures(results))
-    remembrance = pick(over_seeds(rows, "remembrance"), LABELS)
+def tables(rows):
+    """{name: Markdown} of all there is."""
+    results, tasks = over_seeds(rows, "perplexity"), over_seeds(rows, "recall")
+    remembrance, starts = over_seeds(rows, "remembrance"), over_seeds(rows, "init_state")
+    found = {"repair": excess_table(pick(results, LABELS))}
     if remembrance:
-        figure("why", panels("perplexity", repair)[2:] + panels("remembrance", remembrance))
-        figure("heads", head_pictures(rows))
-        figure("init_state", panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
-    tasks = over_seeds(rows, "recall")
-    for task in ("copy", "passkey"):
-        runs = {kind: points for kind, points in tasks.items() if kind.startswith(task)}
-        figure(task, runs and panels("recall", runs), "recall")
-    scratch = pick(results, ["prev", "tbtt", "scratch-prev", "scratch-tbtt"])
-    if "scratch-prev" in scratch:
-        print("\n".join(repair_table(scratch)))
-        figure("scratch", panels("perplexity", scratch)[:2])
+        found |= {
+            "remembrance": remembrance_table(pick(remembrance, LABELS)),
+            "starts": start_table(pick(starts, LABELS)),
+        }
+    if "steps=500" in results:
+        found |= {"depends": excess_table(pick(results, DEPENDS)), "when": when_table(results), "tasks": recall_table(tasks),
+                  "scratch": excess_table(pick(results, SCRATCH))}  # fmt: skip
+    return found
+
+
+def figures(rows):
+    """{name: (pictures, measure)} of all there is."""
+    results, remembrance = over_seeds(rows, "perplexity"), over_seeds(rows, "remembrance")
+    repair = panels("perplexity", pick(results, LABELS))
+    found = {"repair": (repair[:2], "perplexity")}
+    if remembrance:
+        found["heads"] = (head_pictures(rows), "perplexity")
+        found["std"] = (repair[2:], "perplexity")
+        found["remembrance"] = (panels("remembrance", pick(remembrance, LABELS)), "remembrance")
+        found["init_state"] = (panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
+    if "steps=500" in results:
+        found["depends"] = (panels("perplexity", pick(results, DEPENDS))[:2], "perplexity")
+        found["when"] = (when_pictures(results), "perplexity")
+        found["scratch"] = (panels("perplexity", pick(results, SCRATCH))[:2], "perplexity")
+        tasks = over_seeds(rows, "recall")
+        for task in ("copy", "passkey"):
+            found[task] = (panels("recall", {k: v for k, v in tasks.items() if k.startswith(task)}), "recall")
+    return found
 
 
 def export(run):

@@ -78,7 +78,10 @@ done | in_parallel
     done
     [ "$folder" = out/quick ] || {
         for std in 0.01 0.03 0.3; do
-            echo "train noise_std=$std-0 --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
+            echo "train noise_std=$std --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
+        done
+        for flag in init_prob=0.5 init_prob=1 rates_lr=1; do # what the repair depends on
+            echo "train $flag --init_from=$folder/base-0 --init_state=prev --$flag"
         done
         for seed in $seeds; do
             echo "train long-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed"
@@ -86,16 +89,16 @@ done | in_parallel
                 echo "train scratch-$state-$seed --init_state=$state --steps=$((base + post)) --seed=$seed"
             done
         done
-        for T in 16 64 128; do # 2. when does a model fail: one factor at a time, changed in steps=1000
-            echo "train T=$T --seq_len=$T --batch_size=$((4096 / T)) --steps=1000"
+        for T in 16 64 128; do # 2. when does a model fail: one factor at a time, changed in steps=500
+            echo "train T=$T --seq_len=$T --batch_size=$((4096 / T)) --steps=500"
         done
         for n in 16 64; do
-            echo "train n=$n --d_state=$n --steps=1000"
+            echo "train n=$n --d_state=$n --steps=500"
         done
         for low in 0.1 1; do
-            echo "train A=$low --A_init_range $low 16 --steps=1000"
+            echo "train A=$low --A_init_range $low 16 --steps=500"
         done
-        echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=1000"
+        echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=500"
         for steps in 500 1000 4000; do
             echo "train steps=$steps --steps=$steps"
         done
