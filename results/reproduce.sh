@@ -44,7 +44,7 @@ evaluate() { # evaluate NAME: all that is asked about this kind of run
         measure "$1" --measure=init_state --sequences=96 ;;
     esac
     case $1 in base-*) # the repair without training: the scale is chosen on training text
-        for scale in 0.25 0.5 0.7 0.85 1.2; do
+        for scale in 0.03 0.06 0.12 0.25 0.5; do
             measure "$1" --dt_scale=$scale --part=train --max_len=8192 --sequences=4
         done
         measure "$1" --dt_scale="$(python results/report.py --best_dt_scale="$folder/$1")" --max_len=$length --sequences=8 ;;
