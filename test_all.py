@@ -770,6 +770,37 @@ def test_parts_of_a_batch_equal_the_whole(work, mode):
         torch.testing.assert_close(parts["init_state"][name], tensors, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["fitted", "tbtt"])
+def test_two_processes_equal_one(work, mode):
+    """torchrun: 2 x 2 rows, stopped and resumed, are 1 x 4 rows within rounding; one process alone may not resume."""
+    flags = [f"--dataset={work}", *SMALL, f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4"]
+    assert not train.main([*flags, "--out=one"])
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
+    command = [*launch, *flags, "--batch_size=2", "--out=two", "--save_every=10"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and (not Path("two/ckpt.pt").exists() or load_run("two")[1]["step"] < 10):
+        time.sleep(0.05)
+    process.terminate()  # torchrun passes it on: both processes stop after the same step, and save
+    process.wait()
+    assert run_train(work, "--out=two", "--resume") == 2 or load_run("two")[1]["step"] == 40
+    subprocess.run([*launch, "--out=two", "--resume"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    (_, one), (_, two) = load_run("one"), load_run("two")
+    assert one["tokens"] == two["tokens"] == 40 * 4 * 8 and two["processes"] == 2
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, atol=1e-5, rtol=1e-4)
+    for name, tensors in one["init_state"].items():
+        torch.testing.assert_close(two["init_state"][name], tensors, atol=1e-4, rtol=1e-3)
+    assert len(read_jsonl("two/log.jsonl")) == len(read_jsonl("one/log.jsonl"))
+
+
 def test_rates_of_forgetting_have_their_own_learning_rate(work):
     """--rates_lr=0 holds A and dt_bias and nothing else; 10 moves them about ten times as far as 1 in the first step."""
     assert run_train(work, "--init_state=zero", "--steps=1") == 0

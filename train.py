@@ -24,6 +24,7 @@ Dimensions, the same letters in every file:
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -37,12 +38,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import SEPARATOR, load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
 from model import Mamba2Config, Mamba2LM, choose_device, load_run
 from scan_kernel import ssd
+
+# Under torchrun, each of WORLD processes trains on --batch_size rows of one batch: on its own part of what a single
+# process would draw. What is written comes from process 0.
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 
@@ -67,6 +73,29 @@ COMPILE_FROM = 2000  # steps: compiling takes as long as some hundred of them on
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # of "fitted"
 
 
+def ours(rows):
+    """This process's part of the rows of a whole batch."""
+    return rows.chunk(WORLD)[RANK] if WORLD > 1 else rows
+
+
+def all_rows(part):
+    """The parts of all processes, one after the other."""
+    parts = [torch.empty_like(part) for _ in range(WORLD)]
+    dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
+def any_process(flag, device):
+    """Whether it is true in any process: all of them stop, or save, at the same step."""
+    return bool(flag) if WORLD == 1 else mean_over_processes(torch.tensor(float(bool(flag)), device=device)).item() > 0
+
+
+def mean_over_processes(tensor):
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor / WORLD
+
+
 class InitialState:
     """The state before the first token of each training sequence. It is the idea of this project, so it is spelt out.
 
@@ -78,11 +107,14 @@ class InitialState:
     def __init__(self, args, device, memory=None):
         self.mode, self.seed, self.device = args["init_state"], args["seed"], device
         self.noise_std, self.init_prob = args["noise_std"], args["init_prob"]
-        self.memory = {name: [t.to(device) for t in tensors] for name, tensors in (memory or {}).items()}
+        self.memory = {}
+        for name, tensors in (memory or {}).items():
+            self.memory[name] = [t.to(device) if name in ("mean", "square") else ours(t).to(device) for t in tensors]
 
     def zeros(self, b):
         """How many of b sequences start from zero: always the first ones, so that the chains of the others grow long."""
-        return b if self.mode == "zero" else b - round(self.init_prob * b)
+        zeros = WORLD * b - round(self.init_prob * WORLD * b)
+        return b if self.mode == "zero" else min(max(zeros - RANK * b, 0), b)
 
     def draw(self, model, b, step):
         if self.mode == "zero":
@@ -90,7 +122,8 @@ class InitialState:
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)  # the same after a resume
         conv, ssm = (list(parts) for parts in zip(*model.zero_state(b)))  # ssm: each (b, h, p, n)
         if self.mode in ("noise", "fitted"):
-            ssm = [torch.randn(t.shape, generator=generator, device=self.device) for t in ssm]
+            shape = (WORLD * b, *ssm[0].shape[1:])
+            ssm = [ours(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
         if self.mode == "noise":
             ssm = [self.noise_std * t for t in ssm]
         elif self.mode == "fitted":
@@ -119,7 +152,7 @@ class InitialState:
         forgotten of it: fitted to them, the noise would feed on itself and grow."""
         ssm = [ssm for _, ssm in state]  # each (b, h, p, n)
         for name, tensors in (("mean", ssm), ("square", [t.square() for t in ssm])):
-            values = [t.mean((0, 2, 3)) for t in tensors]  # each (h)
+            values = [mean_over_processes(t.mean((0, 2, 3))) for t in tensors]  # each (h)
             self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(self.memory.get(name, values), values)]
 
 
@@ -347,7 +380,17 @@ def main(argv=None):
         args, out, model, checkpoint = resolve(given)
         if resuming and checkpoint["step"] >= args["steps"]:
             return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
+        if resuming and checkpoint["processes"] != WORLD:
+            raise ValueError(
+                f"{out} was trained by {checkpoint['processes']} processes, not {WORLD}: the carried rows are theirs"
+            )
         device = choose_device(args["device"])
+        if WORLD > 1:
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         if args["dtype"] == "auto":
             args["dtype"] = choose_dtype(device)
         if args["compile"] == "auto":
@@ -384,46 +427,58 @@ def main(argv=None):
     print(f"model     {sum(p.numel() for p in parameters):,} parameters, {config.n_layer} layers of {config.nheads} heads, "
           f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
     print(f"device    {device}, matrix products in {args['dtype']}")
-    print(f"training  {args['init_state']}, {b} x {T} tokens/step, {args['steps'] * b * T:,} tokens -> {out}")
+    print(
+        f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * WORLD * b * T:,} tokens -> {out}"
+    )
+    net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def batch_of(step):
-        batch = random_windows(corpus.train, b, T, args["seed"], step)
+        batch = ours(random_windows(corpus.train, WORLD * b, T, args["seed"], step))
         if args["init_state"] == "tbtt":
             zeros = init.zeros(b)
-            batch[zeros:] = next_windows(corpus.train, b, T, args["seed"], step)[zeros:]
+            batch[zeros:] = ours(next_windows(corpus.train, WORLD * b, T, args["seed"], step))[zeros:]
         batch = batch.to(device)
         return batch[:, :-1], batch[:, 1:]
+
+    def take(state, rows):
+        return state and [[t if t is None else t[rows] for t in layer] for layer in state]
 
     def train_step(step):
         idx, targets = batch_of(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["scale"]
         optimizer.zero_grad()
-        start, states, mean_loss = init.draw(model, b, step), [], 0.0
+        start, states, mean_loss = init.draw(model, b, step), [], torch.zeros((), device=device)
         for rows in torch.arange(b).chunk(args["grad_accum"]):
             rows = slice(rows[0], rows[-1] + 1)
-            part = start and [[t if t is None else t[rows] for t in layer] for layer in start]
-            with autocast:
-                _, loss, state = model(idx[rows], targets[rows], part)
-            loss = loss / args["grad_accum"]
-            loss.backward()
-            mean_loss += loss.item()
+            part = take(start, rows)
+            last = rows.stop == b  # processes exchange gradients then only
+            with autocast, contextlib.nullcontext() if last or WORLD == 1 else net.no_sync():
+                _, loss, state = net(idx[rows], targets[rows], part)
+                loss = loss / args["grad_accum"]
+                loss.backward()
+            mean_loss += loss.detach()
             states.append([[t.detach() for t in layer] for layer in state])
         state = states[0] if len(states) == 1 else [[torch.cat(t) for t in zip(*layers)] for layers in zip(*states)]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         if torch.isfinite(grad_norm):
             optimizer.step()
             init.observe(state)
-        return mean_loss, grad_norm.item(), state
+        return mean_over_processes(mean_loss).item(), grad_norm.item(), state
 
     def fit(step, rate):
         with torch.no_grad(), autocast, eager():
             init.fit(model.hidden(batch_of(step)[0])[1], rate)
 
     def save(folder):
+        memory = init.memory
+        if WORLD > 1 and "ssm" in memory:  # all rows, as a single process would have them
+            memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
+        if RANK:
+            return
         content = {"config": asdict(config) | {"backend": None, "A_init_range": list(config.A_init_range)}, "args": args,
-                   "step": step, "tokens": step * b * T, **origin, "model": model.state_dict(),
-                   "optimizer": optimizer.state_dict(), "init_state": init.memory}  # fmt: skip
+                   "step": step, "tokens": step * WORLD * b * T, "processes": WORLD, **origin, "model": model.state_dict(),
+                   "optimizer": optimizer.state_dict(), "init_state": memory}  # fmt: skip
         write_whole(folder / "ckpt.pt", lambda file: torch.save(content, file))
 
     step, log, origin = 0, out / "log.jsonl", provenance(corpus)
@@ -438,8 +493,9 @@ def main(argv=None):
         for block in model.backbone.layers:  # the blocks only: with the embedding, two threads gave two results
             block.compile(dynamic=False)
         try:
+            rows = slice(b // args["grad_accum"])
             with autocast:
-                model(*batch_of(step), init.draw(model, b, step))[1].backward()
+                model(*(ids[rows] for ids in batch_of(step)), take(init.draw(model, b, step), rows))[1].backward()
             print(f"compiled  in {time.perf_counter() - start:.0f} s")
         except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
             eager()
@@ -447,11 +503,11 @@ def main(argv=None):
             print(f"compiled  not: on a CPU that needs a C++ compiler ({type(error).__name__}). Going on without")
     if benching:
         return bench(model, args, train_step, optimizer, autocast)
-    if resuming:
+    if resuming and RANK == 0:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_whole(log, lambda file: file.write("".join(lines).encode()))
-    else:
+    elif RANK == 0:
         made = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole: a run folder can always be resumed
         save(made)
         facts = json.dumps({"argv": sys.argv, "args": args, **origin}, indent=2)
@@ -465,9 +521,9 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, the next one just stops
         signal.signal(number, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
     losses, times = [], []
-    bar = tqdm(total=args["steps"], initial=step, unit=" steps", disable=None, dynamic_ncols=True)
+    bar = tqdm(total=args["steps"], initial=step, unit=" steps", disable=RANK > 0 or None, dynamic_ncols=True)
     bar.write(HEADER)
-    while step < args["steps"] and not stopped_by:
+    while step < args["steps"] and not any_process(stopped_by, device):
         synchronize(device)
         start = time.perf_counter()
         loss, grad_norm, state = train_step(step)
@@ -486,27 +542,28 @@ def main(argv=None):
         validated = step % args["val_every"] == 0 or step == args["steps"]
         if step % args["log_every"] == 0 or validated:
             mean_loss, seconds = sum(losses) / len(losses), statistics.median(times)
-            row = {"step": step, "tokens": step * b * T, "loss": mean_loss,
+            row = {"step": step, "tokens": step * WORLD * b * T, "loss": mean_loss,
                    "bits_per_byte": mean_loss / math.log(2) / corpus.bytes_per_token,
                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
                    "state_std": torch.stack([ssm.std() for _, ssm in state]).mean().item(),
-                   "ms_per_step": 1000 * seconds, "tokens_per_s": b * T / seconds}  # fmt: skip
+                   "ms_per_step": 1000 * seconds, "tokens_per_s": WORLD * b * T / seconds}  # fmt: skip
             if validated:
                 with autocast, eager():
                     row["val_loss"], row["carried_loss"] = validate(model, corpus.val, T, device)
             bar.write("".join(f"{row[name]:{width}}" for name, width in COLUMNS.items() if name in row))
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            if RANK == 0:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
             losses, times = [], []
         # Weights are finite, or the gradient above would not have been; a carried state may have outgrown float32.
         due = step % args["save_every"] == 0 and step < args["steps"]  # the last one comes after the loop
-        if due and all(torch.isfinite(ssm).all() for _, ssm in state):
+        if due and not any_process(not all(torch.isfinite(ssm).all() for _, ssm in state), device):
             save(out)
     bar.close()
     save(out)
     if step < args["steps"]:
         print(f"stopped after step {step}, saved. Go on with: python train.py --out={out} --resume")
-        return 128 + stopped_by[0]
+        return 128 + (stopped_by or [signal.SIGTERM])[0]
     separator = torch.tensor([[corpus.tokenizer.encode_single_token(SEPARATOR)]], device=device)
     sample = model.eval().generate(separator, 256, generator=torch.Generator(device).manual_seed(args["seed"]))
     print(f"\na sample of 256 tokens:\n\n{corpus.tokenizer.decode(sample[0].tolist())}\n")
@@ -527,6 +584,9 @@ def synchronize(device):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
+        if WORLD > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
