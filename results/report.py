@@ -1,11 +1,12 @@
 """The figures and tables of results/ from what results/reproduce.sh measured: means and standard deviations over seeds.
 
-python results/report.py                  results/results.jsonl -> results/*.png, and the tables of the READMEs, printed
+python results/report.py                  results/results.jsonl -> results/*.png, and the tables, also into the READMEs
 python results/report.py out/reproduce    the same, but first takes the results from the runs there, and base-0 itself
 """
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -177,11 +178,22 @@ def main():
         if not quick:
             export(folder / "base-0")
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    for name, table in tables(rows).items():
+    found = tables(rows)
+    for name, table in found.items():
         print(f"\n{name}\n{table}")
+    for path in (ROOT / "README.md", RESULTS / "README.md") if out == RESULTS else ():
+        filled = fill(path.read_text(encoding="utf-8"), found)
+        write_whole(path, lambda file, filled=filled: file.write(filled.encode()))
     for name, (pictures, measure) in figures(rows).items():
         draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
         print(out / f"{name}.png")
+
+
+def fill(text, found):
+    """Puts each table between its marks, <!-- name --> and <!-- end -->."""
+    return re.sub(
+        r"(<!-- (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{found[m[2]]}\n{m[3]}", text, flags=re.DOTALL
+    )
 
 
 def tables(rows):
