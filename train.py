@@ -61,6 +61,10 @@ PRESETS = {
     "small": {"d_model": 512, "n_layer": 10, "d_state": 128, "headdim": 64, "chunk": 64, "tokenizer": "bpe4096",
               "seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},
 }  # fmt: skip
+OFFICIAL = {"130m": (768, 24, 6e-4), "370m": (1024, 48, 3e-4), "780m": (1536, 48, 2.5e-4), "1.3b": (2048, 48, 2e-4)}
+PRESETS |= {f"mamba2-{size}": PRESETS["small"] | {"d_model": d, "n_layer": layers, "lr": lr, "A_init": "uniform",
+            "A_init_range": [1.0, 16.0], "tokenizer": "gpt2", "seq_len": 2048}
+            for size, (d, layers, lr) in OFFICIAL.items()}  # fmt: skip
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
             "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0],
             "noise_std": 0.1, "init_prob": 1.0, "rates_lr": 1.0, "grad_accum": 1, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
@@ -176,7 +180,8 @@ def make_parser():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
 
     def flag(group, name, text, **kwargs):
-        default = DEFAULTS.get(name, " · ".join(f"{preset} {values.get(name)}" for preset, values in PRESETS.items()))
+        by_preset = " · ".join(f"{preset} {PRESETS[preset].get(name)}" for preset in ("tiny", "mid", "small"))
+        default = DEFAULTS.get(name, by_preset)
         after = f"; with --init_from {POST_TRAINING[name]}" if name in POST_TRAINING else ""
         group.add_argument(f"--{name}", help=f"{text} [{default}{after}]", **kwargs)
 
@@ -187,8 +192,14 @@ def make_parser():
     group = parser.add_argument_group("the run")
     group.add_argument("--out", help="folder of the run [out/<init_state>]")
     group.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
-    flag(group, "init_from", "start from this run's weights, with its architecture, T and tokenizer", metavar="RUN")
-    flag(group, "preset", "defaults of size and training: tiny and mid for a CPU, small for a GPU", choices=PRESETS)
+    flag(group, "init_from", "start from this run's weights, with its architecture, T and tokenizer, or from a folder "
+         "with an official Mamba-2 checkpoint", metavar="RUN")  # fmt: skip
+    flag(
+        group,
+        "preset",
+        "sizes and training: tiny, mid (CPU), small (GPU), or the official mamba2-130m, ...",
+        choices=PRESETS,
+    )
     flag(group, "steps", "optimizer steps", type=at_least(1))
     flag(group, "batch_size", "sequences a step", type=at_least(1))
     flag(group, "grad_accum", "equal parts that a step's batch is taken in, to need less memory", type=at_least(1))
@@ -427,6 +438,10 @@ def main(argv=None):
     print(f"model     {sum(p.numel() for p in parameters):,} parameters, {config.n_layer} layers of {config.nheads} heads, "
           f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
     print(f"device    {device}, matrix products in {args['dtype']}")
+    fixed = 16 * sum(p.numel() for p in parameters) + 4 * b * config.n_layer * config.d_inner * config.d_state
+    print(
+        f"memory    {fixed / 2**20:,.0f} MB for weights, gradients, Adam and states; what the backward keeps comes on top"
+    )
     print(
         f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * WORLD * b * T:,} tokens -> {out}"
     )
