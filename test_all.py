@@ -8,6 +8,7 @@ are not here. Passed with triton 3.5.0 (whose interpreter needs NumPy below 2.4)
 
 import gzip
 import http.server
+import importlib
 import io
 import itertools
 import json
@@ -1112,6 +1113,31 @@ def test_help_works_anywhere(script, tmp_path):
         [sys.executable, ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert "--dataset" in result.stdout and not list(tmp_path.iterdir())
+
+
+def test_numbers_in_the_readmes_were_measured(capsys):
+    """Each table in README.md and results/README.md is the one that results/report.py makes of the committed results."""
+    report = importlib.import_module("results.report")
+    found = report.tables(read_jsonl(ROOT / "results/results.jsonl"))
+    for path in (ROOT / "README.md", ROOT / "results/README.md"):
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- repair -->" in text and report.fill(text, found) == text
+    rows = read_jsonl(ROOT / "results/quickstart/results.jsonl")
+    eval_long.print_perplexity({run: [row for row in rows if row["run"] == run] for run in ("out/zero", "out/prev")})
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(line.rstrip() in text for line in capsys.readouterr().out.splitlines()[1:-3])
+
+
+def test_base_run_is_small_and_cannot_be_resumed(capsys):
+    """results/base: weights only, below 3 MB; --resume is refused in one line, evaluation and post-training take it."""
+    folder = ROOT / "results/base"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 2**20
+    with pytest.raises(SystemExit):
+        train.main([f"--out={folder}", "--resume"])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--init_from" in error
+    model, checkpoint = load_run(folder)
+    assert checkpoint["args"]["seq_len"] == 32 and sum(p.numel() for p in model.parameters()) < 500_000
 
 
 def test_commands_in_the_texts_have_existing_flags():

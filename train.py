@@ -3,6 +3,7 @@
     python train.py --init_state=prev           from scratch, in a few minutes on two CPU cores -> out/prev
     python train.py --init_state=zero           the usual way, for comparison -> out/zero
     python train.py --init_state=prev --init_from=out/zero --out=out/post      post-training of a trained model
+    torchrun --nproc_per_node=2 train.py --init_state=prev        by several processes, or GPUs
     python train.py --out=out/prev --resume     goes on after Ctrl-C, a crash or a power cut
     python eval_long.py out/zero out/prev       what it is all for
 
@@ -67,7 +68,8 @@ PRESETS |= {f"mamba2-{size}": PRESETS["small"] | {"d_model": d, "n_layer": layer
             for size, (d, layers, lr) in OFFICIAL.items()}  # fmt: skip
 DEFAULTS = {"init_state": "zero", "init_from": None, "preset": "tiny", "seed": 0, "device": "auto", "dtype": "auto",
             "backend": "auto", "compile": "auto", "dataset": "python", "A_init": "log", "A_init_range": [0.01, 16.0],
-            "noise_std": 0.1, "init_prob": 1.0, "rates_lr": 1.0, "grad_accum": 1, "log_every": 25, "val_every": 100, "save_every": 100}  # fmt: skip
+            "noise_std": 0.1, "init_prob": 1.0, "rates_lr": 1.0, "grad_accum": 1, "log_every": 25, "val_every": 100,
+            "save_every": 100}  # fmt: skip
 POST_TRAINING = {"steps": 500, "lr": 1e-3, "init_prob": 0.2, "rates_lr": 20.0}  # with --init_from
 MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 
@@ -77,7 +79,7 @@ COMPILE_FROM = 2000  # steps: compiling takes as long as some hundred of them on
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # of "fitted"
 
 
-def ours(rows):
+def own(rows):
     """This process's part of the rows of a whole batch."""
     return rows.chunk(WORLD)[RANK] if WORLD > 1 else rows
 
@@ -113,7 +115,7 @@ class InitialState:
         self.noise_std, self.init_prob = args["noise_std"], args["init_prob"]
         self.memory = {}
         for name, tensors in (memory or {}).items():
-            self.memory[name] = [t.to(device) if name in ("mean", "square") else ours(t).to(device) for t in tensors]
+            self.memory[name] = [t.to(device) if name in ("mean", "square") else own(t).to(device) for t in tensors]
 
     def zeros(self, b):
         """How many of b sequences start from zero: always the first ones, so that the chains of the others grow long."""
@@ -127,7 +129,7 @@ class InitialState:
         conv, ssm = (list(parts) for parts in zip(*model.zero_state(b)))  # ssm: each (b, h, p, n)
         if self.mode in ("noise", "fitted"):
             shape = (WORLD * b, *ssm[0].shape[1:])
-            ssm = [ours(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
+            ssm = [own(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
         if self.mode == "noise":
             ssm = [self.noise_std * t for t in ssm]
         elif self.mode == "fitted":
@@ -194,26 +196,16 @@ def make_parser():
     group.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
     flag(group, "init_from", "start from this run's weights, with its architecture, T and tokenizer, or from a folder "
          "with an official Mamba-2 checkpoint", metavar="RUN")  # fmt: skip
-    flag(
-        group,
-        "preset",
-        "sizes and training: tiny, mid (CPU), small (GPU), or the official mamba2-130m, ...",
-        choices=PRESETS,
-    )
+    flag(group, "preset", "sizes and training: tiny, mid (CPU), small (GPU), or the official mamba2-130m, ...",
+         choices=PRESETS)  # fmt: skip
     flag(group, "steps", "optimizer steps", type=at_least(1))
     flag(group, "batch_size", "sequences a step", type=at_least(1))
     flag(group, "grad_accum", "equal parts that a step's batch is taken in, to need less memory", type=at_least(1))
     flag(group, "seq_len", "T, the tokens of a training sequence, an even number", type=at_least(2))
     flag(group, "lr", "peak learning rate", type=at_least(0, float))
-    flag(
-        group, "rates_lr", "A and dt_bias, the rates of forgetting, learn so many times faster", type=at_least(0, float)
-    )
+    flag(group, "rates_lr", "A and dt_bias, which decide on forgetting, learn so much faster", type=at_least(0, float))
     flag(group, "seed", "of the weights, the batches and the noise", type=at_least(0))
-    flag(
-        group,
-        "dataset",
-        "python (the standard library's sources), a UTF-8 text file, a folder of them, copy or passkey",
-    )
+    flag(group, "dataset", "python (its standard library), a UTF-8 text file, a folder, an address, copy, passkey")
     flag(group, "tokenizer", "byte, bpeN (N ids, learnt from the text), or gpt2 (downloaded once)")
     flag(group, "device", "auto, cpu, cuda, cuda:1, mps")
     flag(group, "dtype", "of matrix products; auto: bfloat16 if it is fast", choices=["auto", "float32", "bfloat16"])
@@ -391,9 +383,9 @@ def main(argv=None):
         args, out, model, checkpoint = resolve(given)
         if resuming and checkpoint["step"] >= args["steps"]:
             return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
-        if resuming and checkpoint["processes"] != WORLD:
+        if resuming and checkpoint.get("processes", 1) != WORLD:
             raise ValueError(
-                f"{out} was trained by {checkpoint['processes']} processes, not {WORLD}: the carried rows are theirs"
+                f"{out} was trained by {checkpoint.get('processes', 1)} processes, not {WORLD}: take as many"
             )
         device = choose_device(args["device"])
         if WORLD > 1:
@@ -440,18 +432,17 @@ def main(argv=None):
     print(f"device    {device}, matrix products in {args['dtype']}")
     fixed = 16 * sum(p.numel() for p in parameters) + 4 * b * config.n_layer * config.d_inner * config.d_state
     print(
-        f"memory    {fixed / 2**20:,.0f} MB for weights, gradients, Adam and states; what the backward keeps comes on top"
+        f"memory    {fixed / 2**20:,.0f} MB for weights, gradients, Adam and states; what the backward keeps is on top"
     )
-    print(
-        f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * WORLD * b * T:,} tokens -> {out}"
-    )
+    tokens = WORLD * b * T
+    print(f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * tokens:,} tokens -> {out}")
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     def batch_of(step):
-        batch = ours(random_windows(corpus.train, WORLD * b, T, args["seed"], step))
+        batch = own(random_windows(corpus.train, WORLD * b, T, args["seed"], step))
         if args["init_state"] == "tbtt":
             zeros = init.zeros(b)
-            batch[zeros:] = ours(next_windows(corpus.train, WORLD * b, T, args["seed"], step))[zeros:]
+            batch[zeros:] = own(next_windows(corpus.train, WORLD * b, T, args["seed"], step))[zeros:]
         batch = batch.to(device)
         return batch[:, :-1], batch[:, 1:]
 
@@ -464,15 +455,14 @@ def main(argv=None):
             group["lr"] = learning_rate(step, args) * group["scale"]
         optimizer.zero_grad()
         start, states, mean_loss = init.draw(model, b, step), [], torch.zeros((), device=device)
-        for rows in torch.arange(b).chunk(args["grad_accum"]):
-            rows = slice(rows[0], rows[-1] + 1)
-            part = take(start, rows)
-            last = rows.stop == b  # processes exchange gradients then only
-            with autocast, contextlib.nullcontext() if last or WORLD == 1 else net.no_sync():
-                _, loss, state = net(idx[rows], targets[rows], part)
-                loss = loss / args["grad_accum"]
-                loss.backward()
-            mean_loss += loss.detach()
+        size = b // args["grad_accum"]
+        for first in range(0, b, size):
+            rows, last = slice(first, first + size), first + size == b
+            with contextlib.nullcontext() if last or WORLD == 1 else net.no_sync():  # gradients are exchanged once
+                with autocast:
+                    _, loss, state = net(idx[rows], targets[rows], take(start, rows))
+                (loss / args["grad_accum"]).backward()
+            mean_loss += loss.detach() / args["grad_accum"]
             states.append([[t.detach() for t in layer] for layer in state])
         state = states[0] if len(states) == 1 else [[torch.cat(t) for t in zip(*layers)] for layers in zip(*states)]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -492,7 +482,7 @@ def main(argv=None):
         if RANK:
             return
         content = {"config": asdict(config) | {"backend": None, "A_init_range": list(config.A_init_range)}, "args": args,
-                   "step": step, "tokens": step * WORLD * b * T, "processes": WORLD, **origin, "model": model.state_dict(),
+                   "step": step, "tokens": step * tokens, "processes": WORLD, **origin, "model": model.state_dict(),
                    "optimizer": optimizer.state_dict(), "init_state": memory}  # fmt: skip
         write_whole(folder / "ckpt.pt", lambda file: torch.save(content, file))
 
@@ -557,11 +547,11 @@ def main(argv=None):
         validated = step % args["val_every"] == 0 or step == args["steps"]
         if step % args["log_every"] == 0 or validated:
             mean_loss, seconds = sum(losses) / len(losses), statistics.median(times)
-            row = {"step": step, "tokens": step * WORLD * b * T, "loss": mean_loss,
+            row = {"step": step, "tokens": step * tokens, "loss": mean_loss,
                    "bits_per_byte": mean_loss / math.log(2) / corpus.bytes_per_token,
                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
                    "state_std": torch.stack([ssm.std() for _, ssm in state]).mean().item(),
-                   "ms_per_step": 1000 * seconds, "tokens_per_s": WORLD * b * T / seconds}  # fmt: skip
+                   "ms_per_step": 1000 * seconds, "tokens_per_s": tokens / seconds}  # fmt: skip
             if validated:
                 with autocast, eager():
                     row["val_loss"], row["carried_loss"] = validate(model, corpus.val, T, device)
