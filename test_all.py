@@ -818,9 +818,36 @@ def test_rates_of_forgetting_have_their_own_learning_rate(work):
 
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(work, capsys):
     """A diverging run ends with a message and exit code 1; its last checkpoint is good."""
-    code = run_train(work, "--init_state=noise", "--noise_std=1e39", "--steps=5")
+    code = run_train(work, "--init_state=noise", "--noise_std=1e39", "--steps=50", "--save_every=2")
     assert code == 1 and "last checkpoint" in capsys.readouterr().err
     assert load_run("out/noise")[1]["step"] == 0
+
+
+@pytest.mark.parametrize("mode", ["zero", "tbtt"])
+def test_a_bad_batch_is_skipped_and_counted(work, mode, monkeypatch):
+    """Steps 3 and 5 are not finite: they change no weight, poison no chain, and training ends well."""
+    forward, calls = Mamba2LM.forward, []
+
+    def poisoned(self, idx, targets=None, state=None):
+        logits, loss, state = forward(self, idx, targets, state)
+        if targets is not None and self.training:
+            calls.append(0)
+            if len(calls) in (3, 5):
+                state[0][1].detach()[1] = math.nan
+                loss = loss * math.inf
+        return logits, loss, state
+
+    monkeypatch.setattr(Mamba2LM, "forward", poisoned)
+    assert run_train(work, f"--init_state={mode}", "--steps=8", "--lr=1e-3") == 0
+    last = read_jsonl(f"out/{mode}/log.jsonl")[-1]
+    assert last["skipped"] == 2 and last["bad_rows"] == (2 if mode == "tbtt" else 0) and math.isfinite(last["loss"])
+    memory = load_run(f"out/{mode}")[1]["init_state"]
+    assert all(torch.isfinite(t).all() for tensors in memory.values() for t in tensors)
+    state = [(torch.ones(3, 1, 1), torch.ones(3, 1, 1, 1)) for _ in range(2)]
+    state[1][1][2] = math.inf
+    init = train.InitialState({"init_state": mode, "seed": 0, "noise_std": 0, "init_prob": 1}, torch.device("cpu"))
+    if init.observe(state):
+        assert all(t.flatten().tolist() == [1, 1, 0] for tensors in init.memory.values() for t in tensors)
 
 
 @pytest.mark.parametrize("flags,message", [

@@ -75,6 +75,7 @@ MODEL_FLAGS = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A
 
 WARMUP, FINAL_LR = 0.1, 0.1  # shares: of the steps, of the peak; in between a cosine
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+SKIPS = 10  # steps in a row whose gradients are not finite: they change nothing, and with one more, training stops
 COMPILE_FROM = 2000  # steps: compiling takes as long as some hundred of them on a CPU
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # of "fitted"
 
@@ -145,11 +146,21 @@ class InitialState:
         return list(zip(conv, ssm))
 
     def observe(self, state):
-        """state: the list of (conv, ssm) at the end of a step. Detached: no gradient reaches the previous step."""
-        if self.mode in ("prev", "tbtt"):
-            self.memory["ssm"] = [ssm.detach() for _, ssm in state]
+        """state: the list of (conv, ssm) at the end of a step. Detached: no gradient reaches the previous step. Rows that
+        are not finite anywhere start again from zero, lest one bad batch poison their chains; -> how many"""
+        if self.mode not in ("prev", "tbtt"):
+            return 0
+        conv, ssm = ([t.detach() for t in tensors] for tensors in zip(*state))
+        bad = torch.zeros(len(ssm[0]), dtype=torch.bool, device=self.device)
+        for t in (*conv, *ssm):
+            if not torch.isfinite(t.sum()):  # cheaper than looking at each row
+                bad |= ~torch.isfinite(t).flatten(1).all(1)
+        if bad.any():
+            conv, ssm = ([t.masked_fill(bad.view(-1, *[1] * (t.dim() - 1)), 0) for t in ts] for ts in (conv, ssm))
+        self.memory["ssm"] = ssm
         if self.mode == "tbtt":
-            self.memory["conv"] = [conv.detach() for conv, _ in state]
+            self.memory["conv"] = conv
+        return bad.sum().item()
 
     def fit(self, state, rate):
         """For `fitted`: moves the mean and the mean square of each layer and head towards those of these final states.
@@ -468,8 +479,7 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         if torch.isfinite(grad_norm):
             optimizer.step()
-            init.observe(state)
-        return mean_over_processes(mean_loss).item(), grad_norm.item(), state
+        return mean_over_processes(mean_loss).item(), grad_norm.item(), state, init.observe(state)
 
     def fit(step, rate):
         with torch.no_grad(), autocast, eager():
@@ -525,14 +535,17 @@ def main(argv=None):
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, the next one just stops
         signal.signal(number, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
-    losses, times = [], []
+    losses, times, skipped_in_a_row, counts = [], [], 0, {"skipped": 0, "bad_rows": 0}
     bar = tqdm(total=args["steps"], initial=step, unit=" steps", disable=RANK > 0 or None, dynamic_ncols=True)
     bar.write(HEADER)
     while step < args["steps"] and not any_process(stopped_by, device):
         synchronize(device)
         start = time.perf_counter()
-        loss, grad_norm, state = train_step(step)
-        if not math.isfinite(grad_norm):
+        loss, grad_norm, state, bad_rows = train_step(step)
+        counts["bad_rows"] += bad_rows
+        skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
+        counts["skipped"] += skipped_in_a_row > 0
+        if skipped_in_a_row > SKIPS:
             bar.close()
             print(f"stopped: loss {loss}, gradient norm {grad_norm} in step {step}. {out}/ckpt.pt is the last checkpoint "
                   "before it; a lower --lr may help", file=sys.stderr)  # fmt: skip
@@ -540,18 +553,18 @@ def main(argv=None):
         if args["init_state"] == "fitted" and step % REFIT_EVERY == 0:
             fit(step, REFIT_RATE)
         step += 1
-        losses.append(loss)
+        losses += [] if skipped_in_a_row else [loss]
         synchronize(device)
         times.append(time.perf_counter() - start)
         bar.update()
         validated = step % args["val_every"] == 0 or step == args["steps"]
         if step % args["log_every"] == 0 or validated:
-            mean_loss, seconds = sum(losses) / len(losses), statistics.median(times)
+            mean_loss, seconds = sum(losses) / max(1, len(losses)), statistics.median(times)
             row = {"step": step, "tokens": step * tokens, "loss": mean_loss,
                    "bits_per_byte": mean_loss / math.log(2) / corpus.bytes_per_token,
                    "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
                    "state_std": torch.stack([ssm.std() for _, ssm in state]).mean().item(),
-                   "ms_per_step": 1000 * seconds, "tokens_per_s": tokens / seconds}  # fmt: skip
+                   "ms_per_step": 1000 * seconds, "tokens_per_s": tokens / seconds} | counts  # fmt: skip
             if validated:
                 with autocast, eager():
                     row["val_loss"], row["carried_loss"] = validate(model, corpus.val, T, device)
@@ -560,9 +573,8 @@ def main(argv=None):
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             losses, times = [], []
-        # Weights are finite, or the gradient above would not have been; a carried state may have outgrown float32.
         due = step % args["save_every"] == 0 and step < args["steps"]  # the last one comes after the loop
-        if due and not any_process(not all(torch.isfinite(ssm).all() for _, ssm in state), device):
+        if due and not skipped_in_a_row:
             save(out)
     bar.close()
     save(out)
