@@ -61,6 +61,14 @@ def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
 #     3 written            S_new = (exp(cs_last - cs) u)^T B
 #     4 carried over       S_new += exp(cs_last) S
 #
+#     x, dt, B, C         chunk 0             chunk 1             chunk 2
+#                         |     |             |     |             |     |
+#                         1     3             1     3             1     3
+#                         v     |             v     |             v     |
+#     y               --> y     |         --> y     |         --> y     |
+#                    2          v        2          v        2          v
+#     init_state  ---+----4---> + ---S---+----4---> + ---S---+----4---> + --->  final_state
+#
 # Backward, chunk by chunk from the last one. A prime marks the gradient of the loss with respect to what it follows;
 # S_new' is final_state' in the last chunk, S' is init_state' in the first:
 #
