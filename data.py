@@ -66,8 +66,12 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a full disk
+            raise OSError(
+                f"{path} could not be written ({str(error).splitlines()[0]}); it is as it was before"
+            ) from None
         raise
 
 

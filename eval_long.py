@@ -387,3 +387,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # what was finished is in results.jsonl
         sys.exit(130)
+    except OSError as error:  # a full disk, above all
+        sys.exit(f"eval_long.py: error: {error}")

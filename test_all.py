@@ -723,6 +723,21 @@ def test_kill_9_loses_nothing_saved(work):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_full_disk_keeps_the_last_checkpoint(work):
+    """A checkpoint that cannot be written whole: one line that names it, the one before stays, and training goes on later."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    command = [str(ROOT / "train.py"), f"--dataset={work}", *SMALL, "--init_state=prev", "--steps=6", "--save_every=2"]
+    assert resource and not train.main([*command[1:], "--out=whole"])
+    limit = int(0.9 * Path("whole/ckpt.pt").stat().st_size)  # the first checkpoint, without Adam's moments, is smaller
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False,
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and "ckpt.pt could not be written" in last and "Traceback" not in result.stderr
+    assert load_run("out/prev")[1]["step"] == 0 and sorted(Path("out/prev").glob(".*")) == []
+    assert not train.main(["--out=out/prev", "--resume"])
+    assert all(torch.equal(t, weights("whole")[name]) for name, t in weights("out/prev").items())
+
+
 def test_modes_differ_in_the_initial_state_only(work):
     """One seed: the same first loss for zero, prev and tbtt's start; the same batches for all but tbtt, then other weights."""
     rows = {}

@@ -607,3 +607,5 @@ if __name__ == "__main__":
         sys.exit(code)
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
+    except OSError as error:  # a full disk, above all
+        sys.exit(f"train.py: error: {error}")
