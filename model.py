@@ -21,6 +21,8 @@ import json
 import math
 import os
 import pickle
+import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -363,6 +365,10 @@ def load_run(path, device="cpu"):
     if file.is_dir():
         file = next((f for f in map(file.joinpath, OFFICIAL_FILES) if f.exists()), file / "ckpt.pt")
     try:
+        if zipfile.is_zipfile(file):  # what torch.save writes; torch.load would not notice a flipped bit
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
         if file.name in OFFICIAL_FILES:
             config, weights = load_official(file)
             args = asdict(config) | {"seq_len": 2048, "batch_size": 8, "init_state": "zero", "dataset": "python",
@@ -374,7 +380,17 @@ def load_run(path, device="cpu"):
         checkpoint["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         model = Mamba2LM(config).to(device)
         model.load_state_dict(weights)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} is not a whole checkpoint ({type(error).__name__}: {reason})") from None
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]

@@ -723,6 +723,28 @@ def test_kill_9_loses_nothing_saved(work):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_damaged_checkpoints_are_found(work, tmp_path):
+    """200 copies, each cut or with one bit flipped: an error of one line, or the same weights (the bit was padding)."""
+    assert run_train(work, "--init_state=prev", "--steps=1") == 0
+    good, draw = Path("out/prev/ckpt.pt").read_bytes(), random.Random(0)
+    expected, found = weights("out/prev"), 0
+    for i in range(200):
+        content = bytearray(good)
+        place = draw.randrange(len(content))
+        if i % 4:
+            content[place] ^= 1 << draw.randrange(8)
+        else:
+            del content[place:]
+        Path("damaged.pt").write_bytes(content)
+        try:
+            model = load_run("damaged.pt")[0]
+            assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)
+            found += 1
+    assert found > 150
+
+
 def test_full_disk_keeps_the_last_checkpoint(work):
     """A checkpoint that cannot be written whole: one line that names it, the one before stays, and training goes on later."""
     resource = pytest.importorskip("resource")  # not on Windows
