@@ -5,6 +5,7 @@
     python eval_long.py out/prev --dataset=novel.txt          on (the held-out fifth of) another text
     python eval_long.py out/zero out/prev --measure=remembrance       and why: how much of the past weighs on it,
     python eval_long.py out/zero out/prev --measure=init_state        what a wrong state at the start costs
+    torchrun --nproc_per_node=2 eval_long.py out/prev         by several processes, or GPUs
     python eval_long.py out/copy --measure=recall             for models of --dataset=copy or passkey: right answers
 
 Some positions happen to hold harder text than others, so each token is predicted twice by the same model:
@@ -33,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS, load_corpus, load_tokenizer, make_sample, passkey_text, tokenizer_json, write_whole
-from model import choose_device, load_run
+from model import RANK, WORLD, all_rows, choose_device, load_run, mean_over_processes
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
 TOKENS_AT_ONCE = 1024
@@ -73,6 +74,7 @@ def perplexity(model, tokens, starts, length, T, progress):
     """Predicts tokens[start + 1 : start + 1 + length] for each start, as the docstring above says. -> a row for each
     bucket (from, to], with its number of tokens, means in nats/token and standard errors over the sequences, and the
     standard deviations of the state after `to` tokens: of the whole, and of each head, layer by layer."""
+    starts = np.array_split(starts, WORLD)[RANK]  # under torchrun, each process takes a part of the sequences
     half, b, device = T // 2, len(starts), model.lm_head.weight.device
     blocks = length // half  # all is counted in blocks of T/2 tokens; bucket i holds the blocks 2^i ... 2^(i+1) - 1
     at_once = max(2, TOKENS_AT_ONCE // (b * half))
@@ -97,8 +99,12 @@ def perplexity(model, tokens, starts, length, T, progress):
         restarted[:, bucket] += window_nll.view(b, -1, T)[..., half:].sum((1, 2))
         stds[bucket] = [torch.cat([ssm.flatten() for _, ssm in state]).std().item(),
                         [[round(std, 5) for std in ssm.std((0, 2, 3)).tolist()] for _, ssm in state]]  # fmt: skip
-        progress.update(b * (end - begin) * half)
+        progress.update(WORLD * b * (end - begin) * half)
         begin = end
+    if WORLD > 1:  # (of the state's standard deviation, process 0 gives that over its own sequences)
+        full, restarted = (all_rows(sums.to(device)).cpu() for sums in (full, restarted))
+        window_nats = mean_over_processes(torch.tensor(window_nats, dtype=torch.float64, device=device)).item()
+        b = len(full)
     rows = []
     for i in range(full.shape[1]):
         begin, end = T << i >> 1, min(T << i, blocks * half)
@@ -346,6 +352,8 @@ def main(argv=None):
             raise ValueError(
                 f"--measure=recall needs a task, --dataset={corpus.name} is a text: try {' or '.join(TASKS)}"
             )
+        if len(starts) % WORLD:
+            raise ValueError(f"{len(starts)} sequences are not a multiple of the {WORLD} processes: choose --sequences")
         path = Path(args.out) / "results.jsonl"
         known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except (ValueError, OSError) as error:
@@ -369,13 +377,16 @@ def main(argv=None):
             facts = {"run": run, "init_state": checkpoint["args"]["init_state"], "step": checkpoint["step"],
                      "seq_len": T}  # fmt: skip
             total = len(starts) * length * passes
-            with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
+            with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=RANK > 0 or None) as bar:
                 rows = measure(model, corpus if measure is recall else tokens, starts, length, T, bar)
             rows = [facts | settings | row for row in rows]
             known += rows
             text = "".join(json.dumps(row) + "\n" for row in known)
-            write_whole(path, lambda file, text=text: file.write(text.encode()))
+            if RANK == 0:
+                write_whole(path, lambda file, text=text: file.write(text.encode()))
         results[run] = rows
+    if RANK:
+        return
     pictures, figure = panels(args.measure, results), path.with_name(f"{args.measure}.png")
     print_perplexity(results) if args.measure == "perplexity" else print_panels(pictures)
     draw(figure, pictures, x_label, {rows[0]["seq_len"] for rows in results.values()})

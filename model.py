@@ -16,17 +16,20 @@ Dimensions, the same letters in every file:
     g group of B, C · r head within its group (h = g r) · n state dim · d model width
 """
 
+import atexit
 import hashlib
 import json
 import math
 import os
 import pickle
+import sys
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -380,17 +383,8 @@ def load_run(path, device="cpu"):
         checkpoint["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         model = Mamba2LM(config).to(device)
         model.load_state_dict(weights)
-    except (
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, KeyError, TypeError, ValueError,
+            AttributeError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file} is not a whole checkpoint ({type(error).__name__}: {reason})") from None
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
@@ -399,11 +393,52 @@ def load_run(path, device="cpu"):
     return model.eval(), checkpoint
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes: under torchrun, WORLD of them share the work, each on its part of what a single one would take. What is
+# printed and written comes from process 0.
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own(rows):
+    """This process's part of the rows of a whole batch."""
+    return rows.chunk(WORLD)[RANK] if WORLD > 1 else rows
+
+
+def all_rows(part):
+    """The parts of all processes, one after the other."""
+    parts = [torch.empty_like(part) for _ in range(WORLD)]
+    if WORLD > 1:
+        dist.all_gather(parts, part.contiguous())
+    return torch.cat(parts) if WORLD > 1 else part
+
+
+def mean_over_processes(tensor):
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor / WORLD
+
+
+def any_process(flag, device):
+    """Whether it is true in any process: all of them stop, or save, at the same step."""
+    return bool(flag) if WORLD == 1 else mean_over_processes(torch.tensor(float(bool(flag)), device=device)).item() > 0
+
+
 def choose_device(name):
-    """ "auto" (CUDA, Apple's MPS, or the CPU, in this order), "cpu", "cuda:1", ... -> the torch.device, if it works here."""
+    """ "auto" (CUDA, Apple's MPS, or the CPU, in this order), "cpu", "cuda:1", ... -> the torch.device, if it works here.
+    Under torchrun, the GPU of this process; all processes meet here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device={name} does not work here: {str(error).splitlines()[0]}") from None
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (open to the end)
+    return device

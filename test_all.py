@@ -837,6 +837,13 @@ def test_two_processes_equal_one(work, mode):
     for name, tensors in one["init_state"].items():
         torch.testing.assert_close(two["init_state"][name], tensors, atol=1e-4, rtol=1e-3)
     assert len(read_jsonl("two/log.jsonl")) == len(read_jsonl("one/log.jsonl"))
+    evaluation = ["two", "--max_len=256", "--sequences=4", "--device=cpu"]
+    assert evaluate_runs(*evaluation, "--out=ev1") == 0
+    command = [*launch[:-1], str(ROOT / "eval_long.py"), *evaluation, "--out=ev2"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    for one, two in zip(read_jsonl("ev1/results.jsonl"), read_jsonl("ev2/results.jsonl"), strict=True):
+        for name in ("tokens", "nll", "excess", "excess_se", "window_loss"):
+            assert abs(one[name] - two[name]) < 1e-5
 
 
 def test_rates_of_forgetting_have_their_own_learning_rate(work):

@@ -39,17 +39,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import SEPARATOR, load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
-from model import Mamba2Config, Mamba2LM, choose_device, load_run
+from model import (
+    RANK,
+    WORLD,
+    Mamba2Config,
+    Mamba2LM,
+    all_rows,
+    any_process,
+    choose_device,
+    load_run,
+    mean_over_processes,  # fmt: skip
+    own,
+)
 from scan_kernel import ssd
-
-# Under torchrun, each of WORLD processes trains on --batch_size rows of one batch: on its own part of what a single
-# process would draw. What is written comes from process 0.
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 
@@ -78,29 +84,6 @@ BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
 SKIPS = 10  # steps in a row whose gradients are not finite: they change nothing, and with one more, training stops
 COMPILE_FROM = 2000  # steps: compiling takes as long as some hundred of them on a CPU
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # of "fitted"
-
-
-def own(rows):
-    """This process's part of the rows of a whole batch."""
-    return rows.chunk(WORLD)[RANK] if WORLD > 1 else rows
-
-
-def all_rows(part):
-    """The parts of all processes, one after the other."""
-    parts = [torch.empty_like(part) for _ in range(WORLD)]
-    dist.all_gather(parts, part.contiguous())
-    return torch.cat(parts)
-
-
-def any_process(flag, device):
-    """Whether it is true in any process: all of them stop, or save, at the same step."""
-    return bool(flag) if WORLD == 1 else mean_over_processes(torch.tensor(float(bool(flag)), device=device)).item() > 0
-
-
-def mean_over_processes(tensor):
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor / WORLD
 
 
 class InitialState:
@@ -399,12 +382,6 @@ def main(argv=None):
                 f"{out} was trained by {checkpoint.get('processes', 1)} processes, not {WORLD}: take as many"
             )
         device = choose_device(args["device"])
-        if WORLD > 1:
-            if device.type == "cuda":
-                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # noqa: SIM115 (open to the end)
         if args["dtype"] == "auto":
             args["dtype"] = choose_dtype(device)
         if args["compile"] == "auto":
@@ -487,7 +464,7 @@ def main(argv=None):
 
     def save(folder):
         memory = init.memory
-        if WORLD > 1 and "ssm" in memory:  # all rows, as a single process would have them
+        if "ssm" in memory:  # all rows, as a single process would have them
             memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
         if RANK:
             return
@@ -601,10 +578,7 @@ def synchronize(device):
 
 if __name__ == "__main__":
     try:
-        code = main()
-        if WORLD > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(code)
+        sys.exit(main())
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
     except OSError as error:  # a full disk, above all
