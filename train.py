@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from data import SEPARATOR, load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
 from model import (
+    LOGITS_AT_ONCE,
     RANK,
     WORLD,
     Mamba2Config,
@@ -52,7 +53,7 @@ from model import (
     any_process,
     choose_device,
     load_run,
-    mean_over_processes,  # fmt: skip
+    mean_over_processes,
     own,
 )
 from scan_kernel import ssd
@@ -274,6 +275,15 @@ def learning_rate(step, args):
     return args["lr"] * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def estimate_memory(model, b, T, parts, dtype):
+    """-> bytes that stay (float32 weights, gradients, two moments, states), bytes that the forward keeps for the backward.
+    The numbers per channel were counted once, at several sizes: within a quarter of what is really kept."""
+    config = model.config
+    kept = 16 * sum(p.numel() for p in model.parameters()) + 4 * b * config.n_layer * config.d_inner * config.d_state
+    layers = config.n_layer * (18 if dtype == "bfloat16" else 25) * (config.conv_dim + config.d_inner)
+    return kept, b // parts * T * layers + 8 * min(b // parts * T * config.vocab_size, LOGITS_AT_ONCE)
+
+
 @torch.no_grad()
 def validate(model, tokens, T, device):
     """Mean losses (nats/token), on the same held-out tokens at every call: over windows of T tokens from a zero state,
@@ -418,10 +428,13 @@ def main(argv=None):
     print(f"model     {sum(p.numel() for p in parameters):,} parameters, {config.n_layer} layers of {config.nheads} heads, "
           f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
     print(f"device    {device}, matrix products in {args['dtype']}")
-    fixed = 16 * sum(p.numel() for p in parameters) + 4 * b * config.n_layer * config.d_inner * config.d_state
     print(
-        f"memory    {fixed / 2**20:,.0f} MB for weights, gradients, Adam and states; what the backward keeps is on top"
+        "flags     "
+        + " ".join(f"{k}={v}" for k, v in args.items() if k in ("init_prob", "rates_lr", "lr", "seed", "compile"))
     )
+    kept, backward = estimate_memory(model, b, T, args["grad_accum"], args["dtype"])
+    print(f"memory    about {(kept + backward) / 2**20:,.0f} MB: {kept / 2**20:,.0f} for weights, gradients, Adam and states, "
+          f"{backward / 2**20:,.0f} for the backward")  # fmt: skip
     tokens = WORLD * b * T
     print(f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * tokens:,} tokens -> {out}")
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(model)
