@@ -42,7 +42,7 @@ COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#
           "foreign": "#0072B2", "true": "#CC79A7"}  # fmt: skip
 
 
-def choose_starts(tokens, length, sequences, seed, most=16):
+def choose_starts(tokens, length, sequences, seed, most=8):
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
     sequences None: as many as fit, at most `most`. ValueError says what would fit."""
     fit = len(tokens) // (length + 1)
@@ -199,7 +199,7 @@ def recall(model, corpus, starts, length, T, progress):
 
 # name: the function, the default --max_len, the most sequences by default, tokens forwarded for each one evaluated, and
 # what is on the x axis
-MEASURES = {"perplexity": (perplexity, 65536, 16, 1, "t (tokens before the predicted one, at most)"),
+MEASURES = {"perplexity": (perplexity, 65536, 8, 1, "t (tokens before the predicted one, at most)"),
             "remembrance": (remembrance, 4096, 128, 2, "tokens of context kept"),
             "init_state": (init_state, 512, 256, 13, "tokens after the initial state"),
             "recall": (recall, 2048, 64, 1, "tokens of prompt and answer")}  # fmt: skip

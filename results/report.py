@@ -22,7 +22,7 @@ from model import load_run
 RESULTS = ROOT / "results"
 PLACE = ("seq_len", "to", "N", "context", "start", "depth")  # what tells the rows of a run and measure apart
 NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
-LABELS = {"base": "base", "zero": "zero (control)", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
+LABELS = {"base": "base", "zero": "zero (control)", "plain": "zero, rates_lr 1", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
           "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
 WHEN = {"training length T": ("T=16", "steps=500", "T=64", "T=128"),
         "range of A": ("steps=500", "A=0.1", "A=1", "A=official"),
@@ -173,7 +173,7 @@ def main():
         folder = Path(args.folder)
         quick = folder.name == "quick"
         out, source = (folder, folder / "results.jsonl") if quick else (RESULTS, RESULTS / "results.jsonl")
-        lines = (folder / "results.jsonl").read_text()
+        lines = (folder / "results.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in memories(folder))
         write_whole(source, lambda file: file.write(lines.encode()))
         if not quick:
             export(folder / "base-0")
@@ -189,6 +189,31 @@ def main():
         print(out / f"{name}.png")
 
 
+def memories(folder):
+    """How many tokens each head remembers, 1 / (A dt) with dt for an input of zero: sorted, of all layers."""
+    for run in sorted(path.parent for path in Path(folder).glob("*-[0-9]/ckpt.pt")):
+        mixers = [block.mixer for block in load_run(run)[0].backbone.layers]
+        rates = torch.cat([torch.exp(m.A_log) * torch.nn.functional.softplus(m.dt_bias) for m in mixers])
+        yield {
+            "run": str(run),
+            "measure": "memory",
+            "part": "val",
+            "dt_scale": 1,
+            "tokens": sorted((1 / rates).tolist()),
+        }
+
+
+def memory_table(rows):
+    """The longest memory and the median one, for each seed."""
+    lines = ["| | longest memory of a head, in tokens, by seed | median |", "|---|---|---|"]
+    for kind, label in LABELS.items():
+        found = [row["tokens"] for row in rows if row["measure"] == "memory" and kind_of(row) == kind]
+        if found and kind != "long":
+            cells = (" · ".join(f"{f(tokens):,.0f}" for tokens in found) for f in (max, statistics.median))
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def fill(text, found):
     """Puts each table between its marks, <!-- name --> and <!-- end -->."""
     return re.sub(
@@ -200,7 +225,7 @@ def tables(rows):
     """{name: Markdown} of all there is."""
     results, tasks = over_seeds(rows, "perplexity"), over_seeds(rows, "recall")
     remembrance, starts = over_seeds(rows, "remembrance"), over_seeds(rows, "init_state")
-    found = {"repair": excess_table(pick(results, LABELS))}
+    found = {"repair": excess_table(pick(results, LABELS)), "memory": memory_table(rows)}
     if remembrance:
         found |= {
             "remembrance": remembrance_table(pick(remembrance, LABELS)),

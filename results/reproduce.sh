@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores are ten times slower
 folder=out/reproduce base=2000 post=500 seeds="0 1 2" length=131072
 if [ "${1:-}" = --quick ]; then
-    folder=out/quick base=600 post=250 seeds=0 length=16384
+    folder=out/quick base=500 post=200 seeds=0 length=16384
 fi
 
 train() { # train NAME FLAGS...: a new run, or the rest of one, or nothing
@@ -84,6 +84,7 @@ done | in_parallel
             echo "train $flag --init_from=$folder/base-0 --init_state=prev --$flag"
         done
         for seed in $seeds; do
+            echo "train plain-$seed --init_from=$folder/base-$seed --rates_lr=1 --steps=$post --seed=$seed"
             echo "train long-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed"
             for state in prev tbtt; do # 6. from scratch, as many tokens as base and post-training together
                 echo "train scratch-$state-$seed --init_state=$state --steps=$((base + post)) --seed=$seed"
