@@ -231,16 +231,18 @@ def print_perplexity(results):
 def panels(measure, results):
     """results {run: rows} -> [(title, label of y, {label: (colour, [(x, y, error)])})], a panel for each picture"""
 
-    def lines(x, y, keep=lambda row: True):
+    def lines(x, y, keep=lambda row: True, error=None):
         found = {
-            run: [(row[x], row[y], row.get(f"{y}_se")) for row in rows if keep(row)] for run, rows in results.items()
+            run: [(row[x], row[y], row.get(error or f"{y}_se")) for row in rows if keep(row)]
+            for run, rows in results.items()
         }
         return {run: (results[run][0]["init_state"], points) for run, points in found.items()}
 
     if measure == "perplexity":
         labels = {"perplexity": "perplexity", "excess": "excess over a restart (nats/token)",
                   "state_std": "standard deviation of the state"}  # fmt: skip
-        return [("", label, lines("to", name)) for name, label in labels.items()]
+        errors = {"perplexity": "nll_se"}  # in nats: perplexities have a factor as their error
+        return [("", label, lines("to", name, error=errors.get(name))) for name, label in labels.items()]
     if measure == "remembrance":
         lengths = sorted({row["N"] for rows in results.values() for row in rows})
         return [(f"after {N:,} tokens", "Effective Remembrance (total variation)",
@@ -284,10 +286,11 @@ def draw(path, pictures, x_label, lengths):
     for axis, (title, label, lines) in zip(axes.flat, pictures):
         for i, (name, (color, points)) in enumerate(lines.items()):
             x, y, error = np.array([[x, y, error or 0] for x, y, error in points]).T
-            same = sum(color == other for other, _ in list(lines.values())[:i])
+            same = 0 if name.startswith("_") else sum(color == other for other, _ in list(lines.values())[:i])
             axis.plot(x, y, color=COLORS.get(color, color), marker="o", markersize=3, label=name,
                       linestyle=["-", "--", ":", "-."][same % 4])  # fmt: skip
-            axis.fill_between(x, y - error, y + error, color=COLORS.get(color, color), alpha=0.2, linewidth=0)
+            low, high = (y * np.exp(-error), y * np.exp(error)) if label == "perplexity" else (y - error, y + error)
+            axis.fill_between(x, low, high, color=COLORS.get(color, color), alpha=0.2, linewidth=0)
         axis.set_xscale("log", base=2)
         for T in lengths:
             axis.axvline(T, color="gray", linestyle=":", linewidth=1)
@@ -300,6 +303,7 @@ def draw(path, pictures, x_label, lengths):
             axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set(title=title, xlabel=x_label, ylabel=label)
         axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         if set(lines) != set(pictures[0][2]) or axis is axes[0, 0]:
             axis.legend(fontsize=8)

@@ -931,6 +931,31 @@ def test_bad_input_is_exit_code_2_and_touches_nothing(work, flags, message, caps
     assert message in capsys.readouterr().err and sorted(Path().rglob("*")) == before
 
 
+def test_every_number_refuses_nonsense(work, capsys):
+    """Each numeric flag of train.py and eval_long.py, at -1, nan, inf and a word: exit code 2, one line, nothing made."""
+    flags = [action.option_strings[0] for action in train.make_parser()._actions if action.type]
+    assert len(flags) > 15 and run_train(work, "--init_state=zero", "--steps=1") == 0
+    before = sorted(Path().rglob("*"))
+    for flag, value in itertools.product(flags, ("-1", "nan", "inf", "ten")):
+        values = [value, "1"] if flag == "--A_init_range" else [value]
+        assert run_train(work, "--out=other", flag, *values) == 2, (flag, value)
+    for flag, value in itertools.product(
+        ("--max_len", "--sequences", "--seed", "--dt_scale"), ("-1", "nan", "inf", "ten")
+    ):
+        assert evaluate_runs("out/zero", "--out=ev", f"{flag}={value}") == 2, (flag, value)
+    assert "Traceback" not in capsys.readouterr().err and sorted(Path().rglob("*")) == before
+
+
+def test_two_processes_prepare_the_same_corpus(tmp_path):
+    """At once: both end well, with whole files, and leave nothing else behind."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "data.py"), "--dataset=text.txt", "--tokenizer=bpe300"]
+    processes = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    names = sorted(path.name for path in (tmp_path / "data").glob("*/*"))
+    assert len(names) == 3 and subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Official checkpoints and tokenizers, made up here in the same formats
 

@@ -6,6 +6,7 @@ python results/report.py out/reproduce    the same, but first takes the results 
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -21,7 +22,7 @@ from model import load_run
 
 RESULTS = ROOT / "results"
 PLACE = ("seq_len", "to", "N", "context", "start", "depth")  # what tells the rows of a run and measure apart
-NUMBERS = ("perplexity", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
+NUMBERS = ("nll", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
 LABELS = {"base": "base", "zero": "zero (control)", "plain": "zero, rates_lr 1", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
           "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
 WHEN = {"training length T": ("T=16", "steps=500", "T=64", "T=128"),
@@ -60,6 +61,8 @@ def over_seeds(rows, measure):
                     values = [row[name] for row in same]
                     means |= {name: statistics.mean(values),
                               f"{name}_se": statistics.stdev(values) if len(values) > 1 else 0.0}  # fmt: skip
+            if measure == "perplexity":
+                means["perplexity"] = math.exp(means["nll"])
             merged.setdefault(kind, []).append(same[0] | means)
     return merged
 
@@ -148,7 +151,7 @@ def head_pictures(rows):
         points = [row for row in rows if row["measure"] == "perplexity" and kind_of(row) == kind
                   and Path(row["run"]).name.endswith("-0")]  # fmt: skip
         if points:
-            lines = {f"layer {i}, head {j}": (f"C{i}", [(row["to"], row["head_std"][i][j], 0) for row in points])
+            lines = {f"layer {i}" if j == 0 else f"_{i} {j}": (f"C{i}", [(row["to"], row["head_std"][i][j], 0) for row in points])
                      for i, heads in enumerate(points[0]["head_std"]) for j in range(len(heads))}  # fmt: skip
             pictures.append((kind, "standard deviation of a head's state", lines))
     return pictures
