@@ -190,6 +190,70 @@ def test_triton_matches_loop_at_any_length(l, dtype):
     check_triton(triton_inputs(l, dtype, g=2))
 
 
+@pytest.mark.parametrize("seed", range(5 if os.environ.get("LONG") is None else 100))
+@pytest.mark.parametrize("scan", ["loop", "chunked", pytest.param("triton", marks=needs_triton)])
+def test_laws_of_the_scan(scan, seed):
+    """At random sizes: linear in x and the state, both at once; dt = 0 writes and forgets nothing; permuted heads, parts of
+    the batch and segments of the sequence (cut anywhere, a token's length too) give the same numbers."""
+    draw = random.Random(seed)
+    b, l, g, r = draw.randint(1, 3), draw.randint(2, 50), draw.choice([1, 2]), draw.randint(1, 3)
+    scan = {"loop": ssd_loop, "chunked": lambda *t: ssd_chunked(*t, chunk=16), "triton": triton(16)}[scan]
+    x, dt, A, B, C, S = triton_inputs(l, g=g, b=b, h=g * r)
+    y, final = scan(x, dt, A, B, C, S)
+
+    def same(out, y, final):
+        torch.testing.assert_close(out[0], y, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(out[1], final, atol=2e-4, rtol=1e-4)
+
+    x2, S2 = torch.randn_like(x), torch.randn_like(S)
+    y2, final2 = scan(x2, dt, A, B, C, S2)
+    same(scan(2 * x - x2, dt, A, B, C, 2 * S - S2), 2 * y - y2, 2 * final - final2)
+    nothing = scan(x, torch.zeros_like(dt), A, B, C, S)
+    same(nothing, torch.einsum("bhpn,blhn->blhp", S, C.repeat_interleave(r, dim=2)), S)
+    heads = torch.cat([i * r + torch.randperm(r) for i in range(g)]).to(x.device)  # within their group
+    same(scan(x[:, :, heads], dt[:, :, heads], A[heads], B, C, S[:, heads]), y[:, :, heads], final[:, heads])
+    same(scan(*(t[-1:] for t in (x, dt)), A, *(t[-1:] for t in (B, C, S))), y[-1:], final[-1:])
+    parts, state, begin = [], S, 0
+    for end in sorted({*draw.sample(range(1, l), draw.randint(1, min(3, l - 1))), l}):
+        part, state = scan(*(t[:, begin:end] for t in (x, dt)), A, *(t[:, begin:end] for t in (B, C)), state)
+        parts.append(part)
+        begin = end
+    same((torch.cat(parts, dim=1), state), y, final)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_a_carried_state_does_not_drift(dtype, limit):
+    """100,000 tokens (10 million with LONG=1) in segments of random lengths: the state at the end is that of the recurrence
+    in float64 over the last tokens that matter, for heads that forget within a token to those that take thousands."""
+    total, state, done, kept = 10**5 if os.environ.get("LONG") is None else 10**7, None, 0, []
+    A, draw = torch.tensor([-16.0, -1.0, -0.1, -0.02]), random.Random(0)
+    while done < total:
+        l = min(draw.choice([1, 2, 63, 64, 65, 1000, 4096]), total - done)
+        x, B, C = (torch.randn(1, l, *shape).to(dtype) for shape in ((4, 3), (1, 5), (1, 5)))
+        dt = F.softplus(torch.randn(1, l, 4) - 2)
+        _, state = ssd_chunked(x, dt, A, B, C, state, chunk=64)
+        kept.append((x, dt, B, C))
+        done += l
+        while sum(len(dt[0]) for _, dt, _, _ in kept[1:]) > 10_000:  # exp(-0.02 * 0.2 * 10,000) is 1e-17
+            kept.pop(0)
+    x, dt, B, C = (torch.cat(parts, dim=1).double() for parts in zip(*kept))
+    _, reference = ssd_loop(x, dt, A.double(), B, C)
+    for head in range(4):
+        assert relative_error(reference[:, head], state[:, head]) < limit
+
+
+@torch.no_grad()
+def test_two_threads_compute_what_one_does():
+    model, idx, threads = tiny_model().float(), random_ids(4, 300), torch.get_num_threads()
+    logits = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        logits.append(model(idx)[0])
+    torch.set_num_threads(threads)
+    assert relative_error(*logits) < 1e-6
+
+
 @pytest.mark.parametrize("loss", ["y", "state", "both"])
 @pytest.mark.parametrize("init", [True, False])
 @needs_triton
