@@ -176,7 +176,10 @@ def main():
         folder = Path(args.folder)
         quick = folder.name == "quick"
         out, source = (folder, folder / "results.jsonl") if quick else (RESULTS, RESULTS / "results.jsonl")
-        lines = (folder / "results.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in memories(folder))
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] + list(
+            memories(folder)
+        )
+        lines = "".join(json.dumps(short(row)) + "\n" for row in rows)
         write_whole(source, lambda file: file.write(lines.encode()))
         if not quick:
             export(folder / "base-0")
@@ -190,6 +193,10 @@ def main():
     for name, (pictures, measure) in figures(rows).items():
         draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
         print(out / f"{name}.png")
+
+
+def short(row):
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def memories(folder):
