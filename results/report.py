@@ -250,7 +250,7 @@ def tables(rows):
 def figures(rows):
     """{name: (pictures, measure)} of all there is."""
     results, remembrance = over_seeds(rows, "perplexity"), over_seeds(rows, "remembrance")
-    repair = panels("perplexity", pick(results, LABELS))
+    repair = panels("perplexity", pick(results, {kind: LABELS[kind] for kind in LABELS if kind not in ("long", "dt")}))
     found = {"repair": (repair[:2], "perplexity")}
     if remembrance:
         found["heads"] = (head_pictures(rows), "perplexity")
@@ -258,7 +258,7 @@ def figures(rows):
         found["remembrance"] = (panels("remembrance", pick(remembrance, LABELS)), "remembrance")
         found["init_state"] = (panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
     if "steps=500" in results:
-        found["depends"] = (panels("perplexity", pick(results, DEPENDS))[:2], "perplexity")
+        found["depends"] = (panels("perplexity", pick(results, DEPENDS))[1:2], "perplexity")
         found["when"] = (when_pictures(results), "perplexity")
         found["scratch"] = (panels("perplexity", pick(results, SCRATCH))[:2], "perplexity")
         tasks = over_seeds(rows, "recall")
