@@ -750,7 +750,7 @@ def test_resumed_run_equals_uninterrupted_one(work, mode, compiled, monkeypatch)
         calls.append(1)
         if len(calls) == 8:
             raise RuntimeError("power cut")
-        observe(*args)
+        return observe(*args)
 
     monkeypatch.setattr(train.InitialState, "observe", dies)
     with pytest.raises(RuntimeError, match="power cut"):
