@@ -301,6 +301,8 @@ def draw(path, pictures, x_label, lengths):
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
+        elif label.startswith("standard deviation"):
+            axis.set_yscale("log")
         axis.set(title=title, xlabel=x_label, ylabel=label)
         axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
         axis.tick_params(labelsize=8)
