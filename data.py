@@ -96,9 +96,8 @@ def read_files(root, pattern="*"):
 
 def download(url):
     """-> the path of a file from the internet: what is in it, if it is a .gz or .zip. Kept in data/downloads."""
-    path = (
-        Path("data/downloads") / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rstrip('/').rpartition('/')[2]}"
-    )
+    name = url.rstrip("/").rpartition("/")[2]
+    path = Path("data/downloads") / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     unpacked = path.with_suffix("") if path.suffix in (".gz", ".zip") else path
 
     def fetch(file):

@@ -24,6 +24,7 @@ Dimensions, the same letters in every file:
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -65,7 +66,7 @@ def mean_and_error(values):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Three measures. Each takes the model, the tokens, where the sequences begin, their length, T, and a bar to update, and
+# Four measures. Each takes the model, the tokens (recall: the corpus), where the sequences begin, their length, T, and a bar to update, and
 # returns rows: dicts of plain values.
 
 
@@ -369,7 +370,7 @@ def main(argv=None):
     for run, (model, checkpoint) in runs.items():
         if checkpoint["corpus_hash"] not in (None, corpus.hash):
             print(f"note: {run} was trained on corpus {checkpoint['corpus_hash']}, this is {corpus.hash}")
-        settings = {"measure": args.measure, "checkpoint": checkpoint["sha256"][:12], "corpus_hash": corpus.hash,
+        settings = {"measure": args.measure, "checkpoint": hashlib.sha256(Path(checkpoint["file"]).read_bytes()).hexdigest()[:12], "corpus_hash": corpus.hash,
                     "part": args.part, "dt_scale": args.dt_scale, "max_len": length, "sequences": len(starts),
                     "seed": args.seed}  # fmt: skip
         rows = [row for row in known if settings.items() <= row.items()]

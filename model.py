@@ -17,7 +17,6 @@ Dimensions, the same letters in every file:
 """
 
 import atexit
-import hashlib
 import json
 import math
 import os
@@ -311,20 +310,13 @@ ONLY = {"model_type": "mamba2", "layer": "Mamba2", "d_intermediate": 0, "attn_la
         "rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "bias": False, "conv_bias": True,
         "dt_limit": [0.0, math.inf], "time_step_limit": [0.0, math.inf], "use_bias": False, "use_conv_bias": True,
         "hidden_act": "silu", "layer_norm_epsilon": 1e-5}  # fmt: skip
-EVERYWHERE = (
-    "A_init_range",
-    "dt_min",
-    "dt_max",
-    "dt_init_floor",
-    "conv_init",
-    "chunk_size",
-    "use_mem_eff_path",
-    "layer_idx",
-)
+EVERYWHERE = ("A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path",
+              "layer_idx")  # fmt: skip
 
 
 def load_official(file):
-    """file: the weights, beside their config.json -> (Mamba2Config, weights by our names). ValueError names what differs from the architecture here."""
+    """file: the weights, beside their config.json -> (Mamba2Config, weights by our names). ValueError names what differs
+    from the architecture here."""
     infinity = lambda d: float(d["__float__"]) if "__float__" in d else d  # how transformers may write it
     fields = json.loads(file.with_name("config.json").read_text(), object_hook=infinity)
     if "hidden_size" in fields:
@@ -380,7 +372,7 @@ def load_run(path, device="cpu"):
         else:
             checkpoint = torch.load(file, map_location=device, weights_only=True)
             config, weights = Mamba2Config(**checkpoint["config"]), checkpoint["model"]
-        checkpoint["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        checkpoint["file"] = str(file)
         model = Mamba2LM(config).to(device)
         model.load_state_dict(weights)
     except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, KeyError, TypeError, ValueError,

@@ -135,11 +135,9 @@ class InitialState:
         if self.mode not in ("prev", "tbtt"):
             return 0
         conv, ssm = ([t.detach() for t in tensors] for tensors in zip(*state))
-        bad = torch.zeros(len(ssm[0]), dtype=torch.bool, device=self.device)
-        for t in (*conv, *ssm):
-            if not torch.isfinite(t.sum()):  # cheaper than looking at each row
-                bad |= ~torch.isfinite(t).flatten(1).all(1)
-        if bad.any():
+        bad = torch.zeros(len(ssm[0]), dtype=torch.bool)
+        if not torch.stack([t.sum() for t in (*conv, *ssm)]).isfinite().all():  # cheaper than looking at each row
+            bad = ~torch.stack([torch.isfinite(t).flatten(1).all(1) for t in (*conv, *ssm)]).all(0)
             conv, ssm = ([t.masked_fill(bad.view(-1, *[1] * (t.dim() - 1)), 0) for t in ts] for ts in (conv, ssm))
         self.memory["ssm"] = ssm
         if self.mode == "tbtt":

@@ -88,10 +88,14 @@ def spread(row, name, how):
     return f"{row[name]:{how}}" + (f" ± {row[name + '_se']:{how[-3:]}}" if row["seeds"] > 1 else "")
 
 
+def when_label(title, kind):
+    return WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind))
+
+
 def when_pictures(results):
     pictures = []
     for title, kinds in WHEN.items():
-        lines = {WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind)):
+        lines = {when_label(title, kind):
                  (shade, [(row["to"], row["excess"], 0) for row in results[kind] if row["to"] <= 32768])
                  for kind, shade in zip(kinds, SHADES[-len(kinds) :]) if kind in results}  # fmt: skip
         pictures.append((title, "excess over a restart (nats/token)", lines))
@@ -104,8 +108,9 @@ def when_table(results):
         for kind in kinds:
             for row in results.get(kind, []):
                 if row["to"] == 256 * row["seq_len"]:
-                    label = WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind))
-                    lines.append(f"| {title}: {label} | {row['excess']:+.2f} | {row['window_loss']:.2f} |")
+                    lines.append(
+                        f"| {title}: {when_label(title, kind)} | {row['excess']:+.2f} | {row['window_loss']:.2f} |"
+                    )
     return "\n".join(lines)
 
 
@@ -145,7 +150,7 @@ def recall_table(tasks):
 
 
 def head_pictures(rows):
-    """For seed 0: how the state of each head grows, layer by layer, from dark (slow) to light (fast) as A is ordered."""
+    """For seed 0: how the state of each head grows, a colour for each layer."""
     pictures = []
     for kind in ("base", "prev", "tbtt"):
         points = [row for row in rows if row["measure"] == "perplexity" and kind_of(row) == kind
