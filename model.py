@@ -200,8 +200,9 @@ class Mamba2LM(nn.Module):
         No weight decay on dt_bias, A_log, D, norms and biases (train.py: on nothing with one dimension)."""
         config = self.config
         h = config.nheads
-        for weight in (self.backbone.embedding.weight, self.lm_head.weight):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        if not config.tie_embeddings:
+            nn.init.normal_(self.lm_head.weight, std=0.02)
         for block in self.backbone.layers:
             mixer = block.mixer
             mixer.out_proj.weight /= math.sqrt(config.n_layer)  # torch's own initialisation is the uniform one above
