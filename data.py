@@ -9,7 +9,7 @@
 A corpus is a list of documents. A fifth of them is held out for evaluation; the rest trains the tokenizer and the model.
 Both parts are encoded once, each document followed by a separator, and kept as one flat array of ids on disk:
 
-    data/<dataset>-<hash of the text>/<tokenizer>.json               the tokenizer, if it was learnt here
+    data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json        if it was learnt here
     data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.bin, ...-val.bin
 
 so that text or a tokenizer that changed can never meet tokens of an older one. train.py does all this on first use.
@@ -75,6 +75,17 @@ def write_whole(path, write):
         raise
 
 
+def check_can_write(folder):
+    """ValueError if a file in `folder`, which need not exist yet, could not be written: before any work goes into it."""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written to: {there} is no folder to write in. Choose another --out")
+
+
+def hash_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
 
@@ -97,7 +108,7 @@ def read_files(root, pattern="*"):
 def download(url):
     """-> the path of a file from the internet: what is in it, if it is a .gz or .zip. Kept in data/downloads."""
     name = url.rstrip("/").rpartition("/")[2]
-    path = Path("data/downloads") / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    path = Path("data/downloads") / f"{hash_of(url)}-{name}"
     unpacked = path.with_suffix("") if path.suffix in (".gz", ".zip") else path
 
     def fetch(file):
@@ -276,18 +287,21 @@ def tokenizer_json(tokenizer):
     return json.dumps(fields | {"ranks": ranks}, separators=(",", ":"))
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a run folder (its tokenizer.json), or of such a file: one written here, or one of Hugging Face."""
+def load_tokenizer(folder, expected=None):
+    """The tokenizer of a run folder (its tokenizer.json), or of such a file: one written here, or one of Hugging Face.
+    ValueError if it is not whole, or not the one with the hash `expected`: ids would get another meaning."""
     path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
     try:
         fields = json.loads(text := path.read_text(encoding="utf-8"))
+        if expected not in (None, hash_of(text)):
+            raise ValueError(f"of hash {hash_of(text)}, not {expected}")
         if "model" in fields:
             return HuggingFace(text)
         ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
         return tiktoken.Encoding(fields["name"], pat_str=fields["pattern"], mergeable_ranks=ranks,
                                  special_tokens=fields["special"])  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole tokenizer file ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path} is not the tokenizer it should be ({type(error).__name__}: {error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,16 +345,18 @@ def load_corpus(dataset="python", tokenizer="bpe1024", folder="data"):
     texts = dict(zip(("train", "val"), split_documents(documents)))
     if not all(map(any, texts.values())):
         raise ValueError(f"--dataset={dataset} is too short to hold out a part of it")
-    corpus_hash = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+    corpus_hash = hash_of(json.dumps(texts))
     folder = Path(folder) / f"{'python' if dataset == 'python' else Path(dataset).resolve().name}-{corpus_hash}"
     if isinstance(tokenizer, str):
-        path = folder / f"{tokenizer}.json"
-        if path.exists():
-            tokenizer = load_tokenizer(path)
+        names = [path.stem.rpartition("-") for path in folder.glob("*.json")]
+        known = next((tokenizer_hash for spec, _, tokenizer_hash in names if spec == tokenizer), None)
+        if known:
+            tokenizer = load_tokenizer(folder / f"{tokenizer}-{known}.json", known)
         else:
-            tokenizer = make_tokenizer(tokenizer, texts["train"])
-            write_whole(path, lambda file: file.write(tokenizer_json(tokenizer).encode()))
-    tokenizer_hash = hashlib.sha256(tokenizer_json(tokenizer).encode()).hexdigest()[:12]
+            spec, tokenizer = tokenizer, make_tokenizer(tokenizer, texts["train"])
+            text = tokenizer_json(tokenizer)
+            write_whole(folder / f"{spec}-{hash_of(text)}.json", lambda file: file.write(text.encode()))
+    tokenizer_hash = hash_of(tokenizer_json(tokenizer))
     tokens, text_bytes = {}, 0
     for part, part_texts in texts.items():
         path = folder / f"{tokenizer_hash}-{part}.bin"

@@ -34,7 +34,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TASKS, load_corpus, load_tokenizer, make_sample, passkey_text, tokenizer_json, write_whole
+from data import (
+    TASKS,
+    check_can_write,
+    load_corpus,
+    load_tokenizer,
+    make_sample,
+    passkey_text,
+    tokenizer_json,
+    write_whole,
+)
 from model import RANK, WORLD, all_rows, choose_device, load_run, mean_over_processes
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
@@ -337,9 +346,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     measure, default_length, most, passes, x_label = MEASURES[args.measure]
     try:
+        check_can_write(args.out)
         device = choose_device(args.device)
         runs = {run: load_run(run, device) for run in args.runs}
-        tokenizers = {run: load_tokenizer(run if Path(run).is_dir() else Path(run).parent) for run in runs}
+        tokenizers = {run: load_tokenizer(Path(checkpoint["file"]).parent, checkpoint.get("tokenizer_hash"))
+                      for run, (_, checkpoint) in runs.items()}  # fmt: skip
+        for run, (model, _) in runs.items():
+            if tokenizers[run].n_vocab > model.config.vocab_size:
+                raise ValueError(f"{run}: its tokenizer has more ids than its model, {tokenizers[run].n_vocab}")
         if len({tokenizer_json(tokenizer) for tokenizer in tokenizers.values()}) > 1:
             raise ValueError("these runs have different tokenizers, so their losses per token do not compare")
         datasets = {checkpoint["args"]["dataset"] for _, checkpoint in runs.values()}
@@ -349,8 +363,8 @@ def main(argv=None):
         length = default_length if args.max_len is None else args.max_len
         if length < longest:
             raise ValueError(f"--max_len={length} is less than T = {longest}, the training length")
-        if args.sequences is not None and args.sequences < 1 or args.seed < 0 or not 0 < args.dt_scale < math.inf:
-            raise ValueError("--sequences should be at least 1, --seed at least 0, --dt_scale above 0")
+        if args.sequences is not None and args.sequences < 1 or args.seed < 0 or not 0 < args.dt_scale <= 1e3:
+            raise ValueError("--sequences should be at least 1, --seed at least 0, --dt_scale above 0, up to 1000")
         corpus = load_corpus(args.dataset or datasets.pop(), tokenizers[args.runs[0]])
         tokens = getattr(corpus, args.part)
         whole = length + 128 * longest * (args.measure == "init_state")

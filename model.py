@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 import zlib
@@ -378,8 +379,10 @@ def load_run(path, device="cpu"):
         model.load_state_dict(weights)
     except (pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, KeyError, TypeError, ValueError,
             AttributeError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} is not a whole checkpoint ({type(error).__name__}: {reason})") from None
+        reason = " ".join(str(error).split())
+        if code := re.search(r"GLOBAL (\S+) was not", reason):  # where torch's advice begins with how to run it
+            reason = f"it holds {code[1]}, not only tensors and plain values"
+        raise ValueError(f"{file} is not a whole checkpoint ({type(error).__name__}: {reason[:300]})") from None
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise ValueError(f"{file}: weights that are not finite: {', '.join(broken)}")

@@ -39,10 +39,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import SEPARATOR, load_corpus, load_tokenizer, next_windows, random_windows, tokenizer_json, write_whole
+from data import (
+    SEPARATOR,
+    check_can_write,
+    hash_of,
+    load_corpus,
+    load_tokenizer,
+    next_windows,
+    random_windows,
+    tokenizer_json,
+    write_whole,
+)
 from model import (
     LOGITS_AT_ONCE,
     RANK,
@@ -56,7 +65,6 @@ from model import (
     mean_over_processes,
     own,
 )
-from scan_kernel import ssd
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 
@@ -159,9 +167,9 @@ class InitialState:
 # Flags. Each has one default, in the tables above; only those given on the command line are in what argparse returns.
 
 
-def at_least(low, kind=int, high=math.inf):
+def at_least(low, kind=int, high=10**9):
     def number(text):
-        if not (low <= kind(text) <= high and kind(text) < math.inf):
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"should be a number from {low} to {high}, not {text}")
         return kind(text)
 
@@ -225,11 +233,14 @@ def resolve(given):
     ValueError says which flag is wrong. Nothing is written."""
     out = Path(given.get("out", f"out/{given.get('init_state', DEFAULTS['init_state'])}"))
     benching = given.pop("bench", False)
+    if not benching:
+        check_can_write(out)
     if given.pop("resume", False):
         model, checkpoint = load_run(out)
         if "optimizer" not in checkpoint:
             raise ValueError(f"{out} holds weights only, nothing to resume: start a new run with --init_from={out}")
-        args, fixed, why = checkpoint["args"], set(checkpoint["args"]) - {"out", "device", "backend"}, "--resume"
+        args = DEFAULTS | checkpoint["args"]  # (a run from before some flag existed goes on with its default)
+        fixed, why = set(args) - {"out", "device", "backend"}, "--resume"
     else:
         model, checkpoint = None, None
         taken = out.is_file() or out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
@@ -273,13 +284,21 @@ def learning_rate(step, args):
     return args["lr"] * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def estimate_memory(model, b, T, parts, dtype):
+def estimate_memory(config, b, T, parts, dtype):
     """-> bytes that stay (float32 weights, gradients, two moments, states), bytes that the forward keeps for the backward.
     The numbers per channel were counted once, at several sizes: within a quarter of what is really kept."""
-    config = model.config
-    kept = 16 * sum(p.numel() for p in model.parameters()) + 4 * b * config.n_layer * config.d_inner * config.d_state
+    layer = config.d_model * (2 * config.d_inner + config.conv_dim + config.nheads)  # in_proj, out_proj
+    kept = 16 * (config.d_model * config.vocab_size * (2 - config.tie_embeddings) + config.n_layer * layer)
+    kept += 4 * b * config.n_layer * config.d_inner * config.d_state
     layers = config.n_layer * (18 if dtype == "bfloat16" else 25) * (config.conv_dim + config.d_inner)
     return kept, b // parts * T * layers + 8 * min(b // parts * T * config.vocab_size, LOGITS_AT_ONCE)
+
+
+def memory_of(device):
+    """Bytes that the device has; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
 @torch.no_grad()
@@ -304,72 +323,8 @@ def provenance(corpus):
     except (OSError, subprocess.CalledProcessError):
         commit = None
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform()}
-    return {"corpus_hash": corpus.hash, "versions": versions, "git": commit}
-
-
-def bench(model, args, train_step, optimizer, autocast):
-    """Times a training step, its parts one by one (forward and backward, not compiled), and its floor: the matrix products
-    alone, in bfloat16. All of them in turn, 9 times: other work on the machine then meets all alike."""
-    config, b, T, device = model.config, args["batch_size"], args["seq_len"], model.lm_head.weight.device
-    block, d, inner, L = model.backbone.layers[0], config.d_model, config.d_inner, config.n_layer
-    h, p, g, n, c = config.nheads, config.headdim, config.ngroups, config.d_state, min(config.chunk, T)
-    bf16, dtype = torch.autocast(device.type, torch.bfloat16), getattr(torch, args["dtype"])
-    A = -torch.exp(block.mixer.A_log.detach())
-
-    def part(times, function, *shapes, autocast=autocast):
-        inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
-        with autocast:
-            gradients = [torch.randn_like(out) for out in function(*inputs)]
-
-        def run():
-            for _ in range(times):
-                with autocast:
-                    outs = function(*inputs)
-                torch.autograd.grad(outs, [*inputs, *model.parameters()], gradients, allow_unused=True)
-
-        return run
-
-    def scan(x, dt, B, C, S):
-        return ssd(x.to(dtype), dt.abs(), A, B.to(dtype), C.to(dtype), S, c, config.backend)
-
-    products = [
-        (1, b * T, d, inner + config.conv_dim + h),  # in_proj
-        (1, b * T, inner, d),  # out_proj
-        (b * g * T // c, c, n, c),  # C B^T
-        (b * h * T // c, c, c, p),  # its product by x
-        (b * g * T // c, h // g * p, c, n),  # B^T x
-        (b * g * T // c, c, n, h // g * p),  # C S
-    ] * L
-    products.append((1, b * T, d, config.vocab_size))  # lm_head
-    floor = [part(1, lambda x, y: [x @ y], (k, i, j), (k, j, l), autocast=bf16) for k, i, j, l in products]
-    runs = {
-        "step": lambda: train_step(0),
-        "floor": lambda: [run() for run in floor],
-        "projections": part(L, lambda u, y: (block.mixer.in_proj(u), block.mixer.out_proj(y)), (b, T, d), (b, T, inner)),
-        "convolution": part(L, lambda xBC: block.mixer.convolve(xBC, None)[:1], (b, T, config.conv_dim)),
-        "scan": part(L, scan, (b, T, h, p), (b, T, h), (b, T, g, n), (b, T, g, n), (b, h, p, n)),
-        "norms": part(L, lambda u, y, z: (block.norm(u), block.mixer.norm(y, z)), (b, T, d), *[(b, T, inner)] * 2),
-        "head": part(1, lambda x: [F.cross_entropy(model.lm_head(x).float(), x.argmax(1))], (b * T, d)),
-        "optimizer": optimizer.step,
-    }  # fmt: skip
-    times = {name: [] for name in runs}
-    for i in tqdm(range(2 + 9), "timing", disable=None):
-        for name, run in runs.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            if i >= 2:
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    ratios = sorted(step / floor for step, floor in zip(times["step"], times["floor"]))
-    for name, seconds in median.items():
-        print(f"{name:12}{1000 * seconds:9.1f} ms {seconds / median['step']:7.0%} of the step")
-    print(json.dumps({"preset": args["preset"], "compile": args["compile"], "dtype": args["dtype"], "device": str(device),
-                      "threads": torch.get_num_threads(), "tokens_per_s": round(b * T / median["step"]),
-                      "floor_ratio": round(statistics.median(ratios), 2),
-                      "floor_ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
-                      "ms": {name: round(1000 * seconds, 2) for name, seconds in median.items()}}))  # fmt: skip
+    return {"corpus_hash": corpus.hash, "tokenizer_hash": hash_of(tokenizer_json(corpus.tokenizer)), "versions": versions,
+            "git": commit}  # fmt: skip
 
 
 COLUMNS = {"step": "7,d", "loss": "8.4f", "bits_per_byte": "7.3f", "lr": "9.1e", "grad_norm": "7.2f", "state_std": "7.3f",
@@ -395,7 +350,8 @@ def main(argv=None):
         if args["compile"] == "auto":
             args["compile"] = "on" if device.type == "cuda" or args["steps"] >= COMPILE_FROM else "off"
         run = out if resuming else args["init_from"]
-        corpus = load_corpus(args["dataset"], load_tokenizer(run) if run else args["tokenizer"])
+        tokenizer = load_tokenizer(run, checkpoint.get("tokenizer_hash")) if run else args["tokenizer"]
+        corpus = load_corpus(args["dataset"], tokenizer)
         if resuming and corpus.hash != checkpoint["corpus_hash"]:
             raise ValueError(f"{out} was trained on corpus {checkpoint['corpus_hash']}, which is not here any more")
         b, T = args["batch_size"], args["seq_len"]
@@ -404,15 +360,18 @@ def main(argv=None):
                              f"{model.config.vocab_size}")  # fmt: skip
         if len(corpus.train) < 2 * T or len(corpus.val) < 2 * T:
             raise ValueError(f"--dataset={args['dataset']} holds less than two windows of {T} tokens in a part of it")
+        shape = {name: args[name] for name in MODEL_FLAGS}
+        config = model.config if model else Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **shape)
+        kept, backward = estimate_memory(config, b, T, args["grad_accum"], args["dtype"])
+        if kept + backward > 1.5 * memory_of(device):
+            raise ValueError(f"this would take about {(kept + backward) / 2**30:,.0f} GB of memory, {device} has "
+                             f"{memory_of(device) / 2**30:,.0f}: take a smaller batch or model, or --grad_accum")  # fmt: skip
         torch.manual_seed(args["seed"])
-        if model is None:
-            shape = {name: args[name] for name in MODEL_FLAGS}
-            model = Mamba2LM(Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **shape))
+        model = model or Mamba2LM(config)
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: error: {error}\n")
 
     model.to(device).train()
-    config = model.config
     config.backend = None if args["backend"] == "auto" else args["backend"]
     parameters = list(model.parameters())
     rates = [p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))]
@@ -430,7 +389,6 @@ def main(argv=None):
         "flags     "
         + " ".join(f"{k}={v}" for k, v in args.items() if k in ("init_prob", "rates_lr", "lr", "seed", "compile"))
     )
-    kept, backward = estimate_memory(model, b, T, args["grad_accum"], args["dtype"])
     print(f"memory    about {(kept + backward) / 2**20:,.0f} MB: {kept / 2**20:,.0f} for weights, gradients, Adam and states, "
           f"{backward / 2**20:,.0f} for the backward")  # fmt: skip
     tokens = WORLD * b * T
@@ -505,6 +463,8 @@ def main(argv=None):
             args["compile"] = "off"
             print(f"compiled  not: on a CPU that needs a C++ compiler ({type(error).__name__}). Going on without")
     if benching:
+        from results.speed import bench
+
         return bench(model, args, train_step, optimizer, autocast)
     if resuming and RANK == 0:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []

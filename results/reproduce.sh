@@ -55,7 +55,7 @@ job() { # job train|evaluate NAME FLAGS...
     name=$2
     trap '[ $? = 0 ] || { echo "$name failed: $(tail -n 1 "$folder/$name.txt")"; exit 255; }' EXIT
     "$@" >>"$folder/$name.txt" 2>&1
-    echo "$(date +%T) $1 $name"
+    echo "$(date +%T) $1 $name, $((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))"
 }
 
 in_parallel() { # a job for each line of what comes in

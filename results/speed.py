@@ -1,4 +1,5 @@
-"""What a CPU does in a second: training, evaluation of long texts and generation, beside what one would compare it with.
+"""What a CPU does in a second: training, evaluation of long texts and generation, beside what one would compare it with;
+and what a training step consists of, for train.py --bench.
 
     python results/speed.py                                   everything, at the presets tiny and mid
     python results/speed.py --presets tiny --parts train      a part of it
@@ -32,11 +33,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from eval_long import TOKENS_AT_ONCE, perplexity
 from model import Mamba2Config, Mamba2LM
+from scan_kernel import ssd
 
 VOCAB, SHORT, TEXTS = 1024, 8192, 16  # ids; tokens of a short text; texts that eval_long.py takes at once
 DTYPE = train.choose_dtype(torch.device("cpu"))
@@ -119,7 +122,7 @@ def our_trainers(preset):
 def in_turn(sides, rounds, warmup=2, seconds=0.5):
     """sides {name: function that returns its number of tokens} -> {name: tokens/s of each round}"""
     calls, speeds = dict.fromkeys(sides, 1), {name: [] for name in sides}
-    for i in range(warmup + rounds):
+    for i in tqdm(range(warmup + rounds), "timing", disable=None):
         for name, run in sides.items():
             start = time.perf_counter()
             tokens = sum(run() for _ in range(calls[name]))
@@ -138,6 +141,67 @@ def report(speeds, overs, unders):
         found[name] = [round(f(values), 2) for f in (statistics.median, min, max)]
         print("{:46}{:10,g}  {:,g} - {:,g}".format(name, *(round(x) if name in speeds else x for x in found[name])))
     return found
+
+
+def bench(model, args, train_step, optimizer, autocast):
+    """train.py --bench: times its training step, the parts of one (forward and backward, not compiled), and its floor: the
+    matrix products alone, in bfloat16."""
+    config, b, T, device = model.config, args["batch_size"], args["seq_len"], model.lm_head.weight.device
+    block, d, inner, L = model.backbone.layers[0], config.d_model, config.d_inner, config.n_layer
+    h, p, g, n, c = config.nheads, config.headdim, config.ngroups, config.d_state, min(config.chunk, T)
+    bf16, dtype = torch.autocast(device.type, torch.bfloat16), getattr(torch, args["dtype"])
+    A = -torch.exp(block.mixer.A_log.detach())
+
+    def part(times, function, *shapes, autocast=autocast):
+        inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        with autocast:
+            gradients = [torch.randn_like(out) for out in function(*inputs)]
+
+        def run():
+            for _ in range(times):
+                with autocast:
+                    outs = function(*inputs)
+                torch.autograd.grad(outs, [*inputs, *model.parameters()], gradients, allow_unused=True)
+
+        return run
+
+    def scan(x, dt, B, C, S):
+        return ssd(x.to(dtype), dt.abs(), A, B.to(dtype), C.to(dtype), S, c, config.backend)
+
+    products = [
+        (1, b * T, d, inner + config.conv_dim + h),  # in_proj
+        (1, b * T, inner, d),  # out_proj
+        (b * g * T // c, c, n, c),  # C B^T
+        (b * h * T // c, c, c, p),  # its product by x
+        (b * g * T // c, h // g * p, c, n),  # B^T x
+        (b * g * T // c, c, n, h // g * p),  # C S
+    ] * L
+    products.append((1, b * T, d, config.vocab_size))  # lm_head
+    floor = [part(1, lambda x, y: [x @ y], (k, i, j), (k, j, l), autocast=bf16) for k, i, j, l in products]
+    runs = {
+        "step": lambda: train_step(0),
+        "floor": lambda: [run() for run in floor],
+        "projections": part(L, lambda u, y: (block.mixer.in_proj(u), block.mixer.out_proj(y)), (b, T, d), (b, T, inner)),
+        "convolution": part(L, lambda xBC: block.mixer.convolve(xBC, None)[:1], (b, T, config.conv_dim)),
+        "scan": part(L, scan, (b, T, h, p), (b, T, h), (b, T, g, n), (b, T, g, n), (b, h, p, n)),
+        "norms": part(L, lambda u, y, z: (block.norm(u), block.mixer.norm(y, z)), (b, T, d), *[(b, T, inner)] * 2),
+        "head": part(1, lambda x: [F.cross_entropy(model.lm_head(x).float(), x.argmax(1))], (b * T, d)),
+        "optimizer": optimizer.step,
+    }  # fmt: skip
+    speeds = in_turn(
+        {name: lambda run=run: (run(), train.synchronize(device), b * T)[2] for name, run in runs.items()},
+        rounds=9,
+        seconds=0,
+    )
+    median = {name: b * T / statistics.median(values) for name, values in speeds.items()}  # seconds
+    ratios = sorted(floor / step for step, floor in zip(speeds["step"], speeds["floor"]))
+    for name, seconds in median.items():
+        print(f"{name:12}{1000 * seconds:9.1f} ms {seconds / median['step']:7.0%} of the step")
+    print(json.dumps({"preset": args["preset"], "compile": args["compile"], "dtype": args["dtype"], "device": str(device),
+                      "threads": torch.get_num_threads(), "tokens_per_s": round(b * T / median["step"]),
+                      "floor_ratio": round(statistics.median(ratios), 2),
+                      "floor_ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
+                      "ms": {name: round(1000 * seconds, 2) for name, seconds in median.items()}}))  # fmt: skip
 
 
 def train_part(preset, args, ours):
