@@ -1349,7 +1349,8 @@ def test_interrupted_evaluation_goes_on_with_the_next_run(work, monkeypatch, cap
 
 def test_denormal_numbers_cost_nothing():
     """A state that has decayed to 1e-40, where a CPU's arithmetic can be 10 times slower, takes the time of one of 1."""
-    model, idx, times = tiny_model().float(), random_ids(8, 512), {1.0: [], 1e-40: []}
+    model, idx = Mamba2LM(Mamba2Config(61, d_model=128, n_layer=2)), random_ids(8, 4)
+    times = {1.0: [], 1e-40: []}
     with torch.inference_mode():
         for size, found in 9 * list(times.items()):
             state = [(None, torch.full_like(ssm, size)) for _, ssm in model.zero_state(8)]
