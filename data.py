@@ -29,6 +29,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -54,7 +55,7 @@ class Corpus(NamedTuple):
     bytes_per_token: float  # nats/token / ln 2 / bytes_per_token = bits/byte
 
 
-def write_whole(path, write):
+def write_whole(path: str | Path, write: Callable) -> None:
     """Calls write(file) on a temporary file, then renames it to `path`: whoever looks finds the old file or the whole
     new one, whatever interrupts, and two processes may write the same file at once."""
     path = Path(path)
@@ -75,14 +76,14 @@ def write_whole(path, write):
         raise
 
 
-def check_can_write(folder):
+def check_can_write(folder: str | Path) -> None:
     """ValueError if a file in `folder`, which need not exist yet, could not be written: before any work goes into it."""
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{folder} cannot be written to: {there} is no folder to write in. Choose another --out")
 
 
-def hash_of(text):
+def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -105,7 +106,7 @@ def read_files(root, pattern="*"):
     return documents
 
 
-def download(url):
+def download(url: str) -> Path:
     """-> the path of a file from the internet: what is in it, if it is a .gz or .zip. Kept in data/downloads."""
     name = url.rstrip("/").rpartition("/")[2]
     path = Path("data/downloads") / f"{hash_of(url)}-{name}"
@@ -136,14 +137,14 @@ def download(url):
     return unpacked
 
 
-def read_documents(dataset):
+def read_documents(dataset: str) -> dict[str, str]:
     """{name: text} of a dataset: "python", a task, the path of a text file or of a folder, or an address of a file."""
     if dataset.startswith(("http://", "https://")):
         return read_documents(str(download(dataset)))
     path = Path(dataset)
     if dataset in TASKS:
         random, text = np.random.default_rng(0), passkey_text(0) if dataset == "passkey" else ""
-        sizes = random.integers(*TASKS[dataset], size=200_000, endpoint=True)
+        sizes = random.integers(*TASKS[dataset], size=SAMPLES, endpoint=True)
         documents = {str(i): "".join(make_sample(dataset, size, random, text)) for i, size in enumerate(sizes)}
     elif dataset == "python":
         documents = read_files(sysconfig.get_paths()["stdlib"], "*.py")
@@ -167,7 +168,7 @@ def read_documents(dataset):
     return documents
 
 
-def split_documents(documents):
+def split_documents(documents: dict[str, str]) -> tuple[list[str], list[str]]:
     """-> (training texts, held-out texts). The fifth of the documents with the lowest hash of their path is held out:
     the same ones everywhere. Of fewer than 5 documents, the last fifth of each."""
     if len(documents) < 5:
@@ -179,12 +180,13 @@ def split_documents(documents):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tasks with one right answer, for models that have to remember it. A corpus is 200,000 samples, each a document.
+# Tasks with one right answer, for models that have to remember it. A corpus is so many samples, each a document.
 
+SAMPLES = 200_000
 TASKS = {"copy": (3, 15), "passkey": (0, 40)}  # the least and the greatest size to train on: with T = 32, it all fits
 
 
-def make_sample(task, size, random, text="", depth=None):
+def make_sample(task: str, size: int, random, text: str = "", depth: float | None = None) -> tuple[str, str]:
     """-> (prompt, answer). copy: `size` letters, to be said again. passkey: five digits, to be found again within `size`
     characters of `text`, at a depth from 0 (their beginning) to 1."""
     if task == "copy":
@@ -204,7 +206,7 @@ def passkey_text(part):
 # Tokenizers
 
 
-def train_bpe(texts, vocab_size):
+def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     """Byte-pair encoding: start from the 256 bytes, and again and again make the most frequent pair of neighbours one
     token. Counting each distinct word once, with its frequency, makes it a matter of seconds. -> {bytes: id}"""
     frequency = Counter()
@@ -241,7 +243,7 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 
-def make_tokenizer(spec, texts):
+def make_tokenizer(spec: str, texts: list[str]) -> tiktoken.Encoding:
     """spec: "byte" (257 ids), "bpeN" (N ids, learnt from `texts`) or "gpt2" (tiktoken's, downloaded once)."""
     if spec == "gpt2":
         try:
@@ -277,7 +279,7 @@ class HuggingFace:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def tokenizer_json(tokenizer):
+def tokenizer_json(tokenizer) -> str:
     """A tokenizer as text: what is saved, and what its hash is taken of."""
     if isinstance(tokenizer, HuggingFace):
         return tokenizer.text
@@ -287,7 +289,7 @@ def tokenizer_json(tokenizer):
     return json.dumps(fields | {"ranks": ranks}, separators=(",", ":"))
 
 
-def load_tokenizer(folder, expected=None):
+def load_tokenizer(folder: str | Path, expected: str | None = None):
     """The tokenizer of a run folder (its tokenizer.json), or of such a file: one written here, or one of Hugging Face.
     ValueError if it is not whole, or not the one with the hash `expected`: ids would get another meaning."""
     path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
@@ -339,7 +341,7 @@ def read_tokens(path, tokenizer, key):
     raise ValueError(f"{path} is damaged: delete it, it will be made again")
 
 
-def load_corpus(dataset="python", tokenizer="bpe1024", folder="data"):
+def load_corpus(dataset: str = "python", tokenizer="bpe1024", folder: str = "data") -> Corpus:
     """The tokens of a dataset, prepared if they are not yet. `tokenizer`: see make_tokenizer, or a tiktoken.Encoding."""
     documents = read_documents(dataset)
     texts = dict(zip(("train", "val"), split_documents(documents)))
@@ -377,13 +379,13 @@ def load_corpus(dataset="python", tokenizer="bpe1024", folder="data"):
 # Batches. What is drawn for a step depends on the seed and the step alone, so that a resumed run needs no other memory.
 
 
-def random_windows(tokens, b, l, seed, step):
+def random_windows(tokens: np.ndarray, b: int, l: int, seed: int, step: int) -> torch.Tensor:
     """(b, l + 1) int64: b windows from random places; [:, :-1] are the inputs, [:, 1:] the targets."""
     start = np.random.default_rng([seed, step]).integers(0, len(tokens) - l, size=b)
     return torch.from_numpy(tokens[start[:, None] + np.arange(l + 1)].astype(np.int64))
 
 
-def next_windows(tokens, b, l, seed, step):
+def next_windows(tokens: np.ndarray, b: int, l: int, seed: int, step: int) -> torch.Tensor:
     """(b, l + 1) int64: b streams, each from its own place in the text; row i of step j + 1 continues row i of step j.
     At the end of the text a stream goes on with its beginning."""
     start = np.random.default_rng(seed).integers(len(tokens)) + np.arange(b) * (len(tokens) // b) + step * l

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from data import (
     TASKS,
+    Corpus,
     check_can_write,
     load_corpus,
     load_tokenizer,
@@ -44,7 +45,7 @@ from data import (
     tokenizer_json,
     write_whole,
 )
-from model import RANK, WORLD, all_rows, choose_device, load_run, mean_over_processes
+from model import RANK, WORLD, Mamba2LM, all_rows, choose_device, load_run, mean_over_processes
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
 TOKENS_AT_ONCE = 1024
@@ -52,7 +53,7 @@ COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#
           "foreign": "#0072B2", "true": "#CC79A7"}  # fmt: skip
 
 
-def choose_starts(tokens, length, sequences, seed, most=8):
+def choose_starts(tokens: np.ndarray, length: int, sequences: int | None, seed: int, most: int = 8) -> np.ndarray:
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
     sequences None: as many as fit, at most `most`. ValueError says what would fit."""
     fit = len(tokens) // (length + 1)
@@ -69,7 +70,7 @@ def read(tokens, places, device):
     return torch.from_numpy(tokens[places].astype(np.int64)).to(device)
 
 
-def mean_and_error(values):
+def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
     """values (b), one for each sequence -> mean, standard error (None if there is only one)"""
     return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
@@ -80,7 +81,7 @@ def mean_and_error(values):
 
 
 @torch.inference_mode()
-def perplexity(model, tokens, starts, length, T, progress):
+def perplexity(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: int, T: int, progress) -> list[dict]:
     """Predicts tokens[start + 1 : start + 1 + length] for each start, as the docstring above says. -> a row for each
     bucket (from, to], with its number of tokens, means in nats/token and standard errors over the sequences, and the
     standard deviations of the state after `to` tokens: of the whole, and of each head, layer by layer."""
@@ -136,7 +137,7 @@ def run_through(model, idx, progress):
 
 
 @torch.inference_mode()
-def remembrance(model, tokens, starts, length, T, progress):
+def remembrance(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: int, T: int, progress) -> list[dict]:
     """Effective Remembrance: how far the prediction q after N = `length` tokens moves when it is made after the last
     1, 2, 4, ... of them only: 1/2 sum |q - q'|, mean over the sequences. Near 0: what came before does not matter."""
     idx, context, rows = read(tokens, starts[:, None] + np.arange(length), model.lm_head.weight.device), 1, []
@@ -150,7 +151,7 @@ def remembrance(model, tokens, starts, length, T, progress):
 
 
 @torch.inference_mode()
-def init_state(model, tokens, starts, length, T, progress):
+def init_state(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: int, T: int, progress) -> list[dict]:
     """What each state before a text costs over its next tokens, against a zero state. Means over buckets (from, to] of
     the position, in nats/token. With `past` the 128 T tokens that come before the text, the states are
 
@@ -184,7 +185,7 @@ def init_state(model, tokens, starts, length, T, progress):
 
 
 @torch.inference_mode()
-def recall(model, corpus, starts, length, T, progress):
+def recall(model: Mamba2LM, corpus: Corpus, starts: np.ndarray, length: int, T: int, progress) -> list[dict]:
     """Share of the answers' tokens that a model gets right, the earlier ones given, in the task that it was trained on:
     64 samples of each size from the trained one up, as far as they fit `length`. Passkeys at three depths."""
     task, rows, text = corpus.name, [], passkey_text(1) if corpus.name == "passkey" else ""
@@ -219,7 +220,7 @@ MEASURES = {"perplexity": (perplexity, 65536, 8, 1, "t (tokens before the predic
 # Tables and pictures
 
 
-def print_perplexity(results):
+def print_perplexity(results: dict[str, list[dict]]) -> None:
     """results {run: rows}: a line for each bucket, two columns for each run."""
     width = max(28, *(len(name) + 2 for name in results))
     print(f"\n{'':24}" + "".join(f"{name:>{width}}" for name in results))
@@ -238,7 +239,7 @@ def print_perplexity(results):
     print("window loss: nats/token in windows of T tokens from a zero state\n")
 
 
-def panels(measure, results):
+def panels(measure: str, results: dict[str, list[dict]]) -> list[tuple]:
     """results {run: rows} -> [(title, label of y, {label: (colour, [(x, y, error)])})], a panel for each picture"""
 
     def lines(x, y, keep=lambda row: True, error=None):
@@ -268,7 +269,7 @@ def panels(measure, results):
               for start in starts}) for run, rows in results.items()]  # fmt: skip
 
 
-def print_panels(pictures):
+def print_panels(pictures: list[tuple]) -> None:
     for title, label, lines in pictures:
         width = max(14, *(len(name) + 2 for name in lines))
         print(f"\n{', '.join(filter(None, (label, title)))}; in brackets: standard error over sequences")
@@ -279,7 +280,7 @@ def print_panels(pictures):
     print()
 
 
-def draw(path, pictures, x_label, lengths):
+def draw(path: Path, pictures: list[tuple], x_label: str, lengths) -> None:
     """The pictures that `panels` returns, side by side, with the training lengths marked."""
     import matplotlib
 
@@ -323,7 +324,7 @@ def draw(path, pictures, x_label, lengths):
     pyplot.close(figure)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     intro, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=intro, epilog=rest, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip

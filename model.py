@@ -9,7 +9,8 @@ Each layer looks at the past in two ways: a causal convolution over the last 4 i
 So the state of a layer is a pair (conv, ssm): the convolution's last d_conv - 1 inputs, and the scan's matrices.
 Given the state, a text cut into segments is the same as the text in one piece, at every position, gradients included.
 
-Parameters have the names, shapes and meaning of the official implementation (mamba_ssm, MambaLMHeadModel).
+Parameters have the names, shapes and meaning of the official implementation (mamba_ssm, MambaLMHeadModel). After the model
+come the reading of checkpoints, ours and official ones, and the few lines that share work among processes.
 
 Dimensions, the same letters in every file:
     b batch · l length · c chunk · q, s place in a chunk (row, column) · h head · p head dim
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scan_kernel import ssd
@@ -42,6 +43,9 @@ LOGITS_AT_ONCE = 2**26  # 256 MB in float32: logits of long texts are made and u
 # memory comes in huge pages, because temporaries are large and short-lived: 15 % less time for a training step.
 torch.set_flush_denormal(True)
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+State = list[tuple[Tensor, Tensor]]  # for each layer: conv (b, d_conv - 1, conv_dim), ssm (b, h, p, n), float32
 
 
 @dataclass
@@ -98,7 +102,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """A layer: project, convolve, scan, gate, project back."""
+    """A layer: project, convolve, scan, add what D lets pass, gate by z, project back."""
 
     dt_scale = 1.0  # below 1, time goes slower: the training-free remedy that eval_long.py --dt_scale tries
 
@@ -129,7 +133,8 @@ class Mamba2(nn.Module):
         out = self.conv1d.bias
         for i in range(self.config.d_conv):  # shifted products: faster on a CPU than its depthwise convolution
             out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
-        return F.silu(out).to(xBC.dtype), padded[:, l:].to(self.conv1d.weight.dtype, copy=True)
+        last = padded[:, l:].to(self.conv1d.weight.dtype, copy=True)  # a view would keep all of `padded` in memory
+        return F.silu(out).to(xBC.dtype), last
 
     def split_heads(self, xBC):
         """(..., conv_dim) -> x (..., h, p), B (..., g, n), C (..., g, n)"""
@@ -146,7 +151,7 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.project(u)
         xBC, conv = self.convolve(xBC, conv)
         x, B, C = self.split_heads(xBC)
-        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than needed
+        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than needed: l, up to a power of two
         y, ssm = ssd(x, dt, -torch.exp(self.A_log), B, C, ssm, chunk, self.config.backend)
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv, ssm)
@@ -217,7 +222,7 @@ class Mamba2LM(nn.Module):
             else:  # head i in the i-th part: some forget slowly for every seed
                 mixer.A_log.copy_(math.log(lo) + math.log(hi / lo) * (torch.arange(h) + torch.rand(h)) / h)
 
-    def hidden(self, idx, state=None):
+    def hidden(self, idx: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """idx (b, l), state or None (= zeros) -> (b, l, d) before the head, state after the last token"""
         state = self.check_state(idx, state)
         x = self.backbone.embedding(idx)  # (b, l, d), the residual stream, in float32
@@ -241,14 +246,14 @@ class Mamba2LM(nn.Module):
                 raise ValueError(f"the conv part of a state should be of shape {shape}, not {tuple(conv.shape)}")
         return state
 
-    def zero_state(self, b):
+    def zero_state(self, b: int) -> State:
         """The state before any token, written out: n_layer pairs of zeros."""
         config, device = self.config, self.lm_head.weight.device
         conv = torch.zeros(b, config.d_conv - 1, config.conv_dim, device=device)
         ssm = torch.zeros(b, config.nheads, config.headdim, config.d_state, device=device)
         return [(conv, ssm)] * config.n_layer
 
-    def forward(self, idx, targets=None, state=None):
+    def forward(self, idx: Tensor, targets: Tensor | None = None, state: State | None = None):
         """idx (b, l) -> (logits (b, l, vocab), None, state); with targets (b, l): (None, mean loss in nats, state)"""
         if targets is not None:
             nll, state = self.per_token_nll(idx, targets, state)
@@ -256,7 +261,7 @@ class Mamba2LM(nn.Module):
         hidden, state = self.hidden(idx, state)
         return self.lm_head(hidden), None, state
 
-    def per_token_nll(self, idx, targets, state=None):
+    def per_token_nll(self, idx: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """idx, targets (b, l) -> negative log-likelihoods (b, l) in nats, float32; state. Holds a slice of logits."""
 
         def nll(hidden, targets):
@@ -272,7 +277,7 @@ class Mamba2LM(nn.Module):
         return torch.cat(nlls).view(idx.shape), state
 
     @torch.no_grad()
-    def step(self, token, state):
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """token (b,), state (with tensors in it) -> logits (b, vocab), state"""
         x = self.backbone.embedding(token)  # (b, d)
         new_state = []
@@ -283,7 +288,8 @@ class Mamba2LM(nn.Module):
         return self.lm_head(self.backbone.norm_f(x)), new_state
 
     @torch.no_grad()
-    def generate(self, idx, tokens, temperature=1.0, top_k=None, state=None, generator=None):
+    def generate(self, idx: Tensor, tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 state: State | None = None, generator: torch.Generator | None = None) -> Tensor:  # fmt: skip
         """Goes on from the prompt idx (b, l) for `tokens` tokens -> (b, tokens). temperature 0: always the likeliest."""
         hidden, state = self.hidden(idx, state)
         logits = self.lm_head(hidden[:, -1])
@@ -316,7 +322,7 @@ EVERYWHERE = ("A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", 
               "layer_idx")  # fmt: skip
 
 
-def load_official(file):
+def load_official(file: Path) -> tuple[Mamba2Config, dict]:
     """file: the weights, beside their config.json -> (Mamba2Config, weights by our names). ValueError names what differs
     from the architecture here."""
     infinity = lambda d: float(d["__float__"]) if "__float__" in d else d  # how transformers may write it
@@ -354,7 +360,7 @@ def load_official(file):
     return config, weights
 
 
-def load_run(path, device="cpu"):
+def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[Mamba2LM, dict]:
     """-> (model in eval mode, checkpoint dict) of a run folder such as out/prev, or of its ckpt.pt, or of a folder in an
     official format, whose checkpoint is made up: it was trained on T = 2,048. ValueError or OSError, in one line, if it is
     not one. Loads tensors and plain values only: a file cannot run code."""
@@ -420,7 +426,7 @@ def any_process(flag, device):
     return bool(flag) if WORLD == 1 else mean_over_processes(torch.tensor(float(bool(flag)), device=device)).item() > 0
 
 
-def choose_device(name):
+def choose_device(name: str) -> torch.device:
     """ "auto" (CUDA, Apple's MPS, or the CPU, in this order), "cpu", "cuda:1", ... -> the torch.device, if it works here.
     Under torchrun, the GPU of this process; all processes meet here."""
     if name == "auto":

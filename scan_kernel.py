@@ -34,8 +34,9 @@ jit = triton.jit if triton else lambda kernel: None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as Python, on a CPU: slow, for tests
 
 
-def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
-    """The recurrence as it is defined. Arguments and results of `ssd`, any float dtype, gradients by autograd."""
+def ssd_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None = None,
+             chunk: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The recurrence as it is defined; chunk is ignored. Arguments and results of `ssd`, gradients by autograd."""
     b, _, h, p = x.shape
     g, n = B.shape[2:]
     B, C = (t.to(dt.dtype).repeat_interleave(h // g, dim=2) for t in (B, C))  # (b, l, h, n)
@@ -93,15 +94,21 @@ def ssd_loop(x, dt, A, B, C, init_state=None, chunk=64):
 def _decays_and_scores(dt, A, B, C):
     """cs (b, c, g, r), L (b, g, r, q, s) and C B^T (b, g, 1, q, s) of one chunk. Decays are exp(min(difference, 0)):
     a difference of two sums can round to just above zero, and exp of what the mask hides must not overflow."""
-    cs = torch.cumsum(dt * A, dim=1)
+    cs = torch.cumsum(dt * A, dim=1)  # (b, c, g, r)
     cs_head = cs.permute(0, 2, 3, 1)  # (b, g, r, c)
     L = (cs_head[..., :, None] - cs_head[..., None, :]).clamp_(max=0).exp_().tril_()
     return cs, L, torch.einsum("bqgn,bsgn->bgqs", C, B).to(cs.dtype)[:, :, None]
 
 
+def _exp(exponent, like):
+    """A decay for each token and head, to multiply (..., p) by, in the dtype of `like`."""
+    return torch.exp(exponent.clamp(max=0))[..., None].to(like.dtype)
+
+
 class ChunkedSSD(torch.autograd.Function):
     """`ssd_chunked`, heads split into (g, r), with the backward above written out. Autograd would keep every (c, c)
-    matrix and pass over each many times more; here they are made again, and only what crosses a border is kept."""
+    matrix and pass over each many times more; here they are made again, and only what crosses a border is kept. Large
+    matrices are changed in place where their old content has been used: L becomes W, E becomes W' o W."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, S, chunk):
@@ -109,7 +116,8 @@ class ChunkedSSD(torch.autograd.Function):
         for x_c, dt_c, B_c, C_c, y_c in zip(*(t.split(chunk, dim=1) for t in (x, dt, B, C, y))):
             cs, L, CB = _decays_and_scores(dt_c, A, B_c, C_c)
             u = x_c * dt_c[..., None].to(x.dtype)  # (b, c, g, r, p)
-            y_c.copy_(torch.einsum("bgrqs,bsgrp->bqgrp", L.mul_(CB).to(x.dtype), u))  # 1
+            W = L.mul_(CB).to(x.dtype)  # (b, g, r, q, s)
+            y_c.copy_(torch.einsum("bgrqs,bsgrp->bqgrp", W, u))  # 1
             y_past = None
             if S is not None:
                 y_past = _exp(cs, x) * torch.einsum("bqgn,bgrpn->bqgrp", C_c, S.to(x.dtype))
@@ -129,16 +137,15 @@ class ChunkedSSD(torch.autograd.Function):
         dy = torch.zeros_like(x) if dy is None else dy
         dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
         da = torch.empty_like(dt)
-        tensors = (x, dt, B, C, dy, dx, ddt, dB, dC, da)
-        chunks = list(
-            zip(*(t.split(ctx.chunk, dim=1) for t in tensors), kept[: len(kept) // 2], kept[len(kept) // 2 :])
-        )
+        tensors = [t.split(ctx.chunk, dim=1) for t in (x, dt, B, C, dy, dx, ddt, dB, dC, da)]
+        chunks = list(zip(*tensors, kept[: len(kept) // 2], kept[len(kept) // 2 :]))  # with the states and y_pasts
         for i in reversed(range(len(chunks))):
             x_c, dt_c, B_c, C_c, dy_c, dx_c, ddt_c, dB_c, dC_c, da_c, S, y_past = chunks[i]
             cs, L, CB = _decays_and_scores(dt_c, A, B_c, C_c)
             u = x_c * dt_c[..., None].to(x.dtype)
-            E = torch.einsum("bqgrp,bsgrp->bgrqs", dy_c, u).to(cs.dtype).mul_(L)
-            du = torch.einsum("bgrqs,bqgrp->bsgrp", L.mul_(CB).to(x.dtype), dy_c)
+            E = torch.einsum("bqgrp,bsgrp->bgrqs", dy_c, u).to(cs.dtype).mul_(L)  # (b, g, r, q, s)
+            W = L.mul_(CB).to(x.dtype)  # (b, g, r, q, s)
+            du = torch.einsum("bgrqs,bqgrp->bsgrp", W, dy_c)
             E_sum = E.sum(2).to(x.dtype)  # (b, g, q, s)
             dB_c.copy_(torch.einsum("bgqs,bqgn->bsgn", E_sum, C_c))
             dC_c.copy_(torch.einsum("bgqs,bsgn->bqgn", E_sum, B_c))
@@ -159,7 +166,7 @@ class ChunkedSSD(torch.autograd.Function):
                 dS = _exp(cs[:, -1, ..., None], cs) * dS
                 if S is not None:
                     da_c += (dS * S).sum((-2, -1))[:, None]
-            if i > 0 or ctx.needs_input_grad[5]:
+            if i > 0 or ctx.needs_input_grad[5]:  # then there was an S
                 dS_read = torch.einsum("bqgrp,bqgn->bgrpn", read, C_c).to(cs.dtype)
                 dS = dS_read if dS is None else dS_read.add_(dS)
             torch.mul(du, dt_c[..., None].to(x.dtype), out=dx_c)
@@ -168,11 +175,8 @@ class ChunkedSSD(torch.autograd.Function):
         return dx, ddt, (dt * da).sum((0, 1)), dB, dC, dS if ctx.needs_input_grad[5] else None, None
 
 
-def _exp(exponent, like):
-    return torch.exp(exponent.clamp(max=0))[..., None].to(like.dtype)
-
-
-def ssd_chunked(x, dt, A, B, C, init_state=None, chunk=64):
+def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None = None,
+                chunk: int = 64) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked scan in plain torch, on any device. Arguments and results of `ssd`."""
     g, wide = B.shape[2], torch.promote_types(x.dtype, torch.float32)
     heads = (g, x.shape[2] // g)
@@ -211,7 +215,8 @@ def _load(ptr, stride, rows, cols, inside):
 
 @jit
 def _decays(dt_ptr, A_ptr, rows, head, inside, H: tl.constexpr, Q: tl.constexpr):
-    """dt, exp(cs), exp(cs_last - cs), exp(cs_last) and L of one head in one chunk; the minima as in _decays_and_scores."""
+    """Of one head in one chunk: dt, and the decays since its start exp(cs), until its end exp(cs_last - cs), across it
+    exp(cs_last), and L; the minima as in _decays_and_scores."""
     dt = tl.load(dt_ptr + rows * H + head, mask=inside, other=0.0)  # [Q]
     a = dt * tl.load(A_ptr + head)
     cs, cs_last = tl.cumsum(a, 0), tl.sum(a, 0)
@@ -237,11 +242,9 @@ def walk_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l,
     cols_x = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
     cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
     offs_state = cols_x[:, None] * N_ALL + cols_n[None, :]  # [P, N]
-    S = (
-        tl.zeros((P, N), tl.float32)
-        if first_ptr is None
-        else tl.load(first_ptr + batch * H * P_ALL * N_ALL + offs_state)
-    )
+    S = tl.zeros((P, N), tl.float32)
+    if first_ptr is not None:
+        S = tl.load(first_ptr + batch * (H * P_ALL * N_ALL) + offs_state)
     for i in range(chunks):
         chunk = chunks - 1 - i if REVERSE else i
         tl.store(states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S)
@@ -353,7 +356,8 @@ for name, _, setting in (item.partition("=") for item in os.environ.get("SSD_SET
     SETTINGS[name] = (tuple(map(int, setting.split(","))),) * 2
 
 
-def _launch(kernel, programs, x, B, chunk, *args, **flags):  # programs(tiles of p, tiles of n): for each batch row
+def _launch(kernel, programs, x, B, chunk, *args, **flags):
+    """programs(tiles of p, tiles of n) -> how many programs a batch row needs"""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][x.element_size() // 4]
     tile_p, tile_n, warps = min(tile_p, p), min(tile_n, n), max(warps, chunk // 16)
@@ -418,13 +422,15 @@ def _gradients(ctx, dy, dfinal_state, _):
     return *grads, dinit_state if ctx.has_init else None, None
 
 
-def ssd_triton(x, dt, A, B, C, init_state=None, chunk=64):
+def ssd_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None = None,
+               chunk: int = 64) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked scan in Triton. Arguments and results of `ssd`, within what `triton_needs` allows."""
     chunk = max(16, min(chunk, 64 if x.dtype == torch.float32 else 128))  # what products need, what registers hold
     return _forward(x, dt.float(), A.float(), B, C, init_state, chunk)[:2]
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
+# for torch.compile: the shapes and dtypes of what comes back
 _forward.register_fake(lambda x, dt, A, B, C, init_state, chunk: (
     x.new_empty(x.shape), dt.new_empty(x[:, 0].shape + B.shape[3:]),
     x.new_empty(x.shape[0], -(-x.shape[1] // chunk), *x.shape[2:], B.shape[3])))  # fmt: skip
@@ -444,7 +450,8 @@ def triton_needs(x, B):
     return next((reason for fine, *reason in checks if not fine), None)
 
 
-def ssd(x, dt, A, B, C, init_state=None, chunk=64, backend=None):
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None = None, chunk: int = 64,
+        backend: str | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The scan: y_t = S_t C_t with S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T, for each head.
 
     Arguments

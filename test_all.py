@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1411,6 +1412,59 @@ def test_base_run_is_small_and_cannot_be_resumed(capsys):
     assert error.count("\n") == 1 and "--init_from" in error
     model, checkpoint = load_run(folder)
     assert checkpoint["args"]["seq_len"] == 32 and sum(p.numel() for p in model.parameters()) < 500_000
+
+
+def test_measurements_in_the_readme_are_in_results():
+    """The rows of its tables of speed and of kernels (size small, bfloat16), made again from what the scripts printed."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = (ROOT / "results/speed.txt").read_text().splitlines()
+    for row in [json.loads(line) for line in lines if line.startswith('{"preset"')]:
+        how, (least, most) = {"off": "eager", "on": "`--compile=on`"}[row["compile"]], row["floor_ratio_range"]
+        assert (f"| {row['preset']} | {how} | {row['ms']['step']:.0f} | {row['tokens_per_s']:,} | {row['floor_ratio']:.1f} "
+                f"({least:.1f} - {most:.1f}) |") in readme  # fmt: skip
+    most = Counter()  # (kernel, target, column): the larger of forward and backward
+    for line in (ROOT / "results/kernel_compile.txt").read_text().splitlines():
+        if line.startswith("small       bf16"):
+            target, kernel, _, _, _, *numbers = line.replace(" back", "").replace(",", "").split()[2:10]
+            for name, number in zip(("registers", "spilled", "shared"), map(int, numbers)):
+                most[kernel, target, name] = max(most[kernel, target, name], number)
+    for kernel in ("walk_kernel", "output_kernel", "inputs_grad_kernel", "group_grad_kernel"):
+        (r80, r90), (spilled, _), shared = (
+            [most[kernel, target, name] for target in ("sm_80", "sm_90")] for name in ("registers", "spilled", "shared")
+        )
+        row = f"| {r80} / {r90} | {spilled} | {max(shared) / 1024 + 0.01:.0f} KB |"
+        assert re.search(rf"\| {kernel[:-7]} .*{re.escape(row)}", readme), row
+
+
+def test_commands_in_the_readme_run(work, tmp_path, monkeypatch, request):
+    """In its order, as they stand there, but for tiny presets, two steps and short texts."""
+    tiny = {"d_model": 16, "n_layer": 2, "d_state": 8, "headdim": 8, "seq_len": 8, "chunk": 8, "batch_size": 4,
+            "tokenizer": "byte", "steps": 2}  # fmt: skip
+    for name, preset in train.PRESETS.items():
+        monkeypatch.setitem(train.PRESETS, name, preset | tiny)
+    monkeypatch.setitem(train.POST_TRAINING, "steps", 2)
+    for name, (function, _, *rest) in eval_long.MEASURES.items():
+        monkeypatch.setitem(eval_long.MEASURES, name, (function, 128, *rest))
+    read = data.read_documents
+    monkeypatch.setattr(data, "SAMPLES", 500)
+    monkeypatch.setattr(data, "read_documents", lambda dataset: read(str(work) if dataset == "python" else dataset))
+    Path("my_texts").mkdir()
+    for i in range(6):
+        Path(f"my_texts/{i}.txt").write_text(TEXT, encoding="utf-8")
+    shutil.copytree(ROOT / "results/base", "results/base")
+    if importlib.util.find_spec("tokenizers"):
+        request.getfixturevalue("official")(official_model()).rename("mamba2-130m")
+    text, done = (ROOT / "README.md").read_text(encoding="utf-8"), []
+    for script, flags in re.findall(r"^    .*?python (train|eval_long)\.py\b([^\n&#]*)", text, flags=re.MULTILINE):
+        if "https:" in flags or "mamba2-130m" in flags and not Path("mamba2-130m").exists():
+            continue
+        for old, new in (("steps=\\d+", "steps=2"), ("bpe2048", "bpe300"), ("max_len=\\d+", "max_len=2048"),
+                         ("seq_len=\\d+", "seq_len=64"), ("sequences=\\d+", "sequences=1")):  # fmt: skip
+            flags = re.sub(old, new, flags)
+        print(script, flags)
+        assert not {"train": train, "eval_long": eval_long}[script].main(flags.split()), flags
+        done.append(flags)
+    assert len(done) > 10 and Path("out/eval/perplexity.png").exists()
 
 
 def test_commands_in_the_texts_have_existing_flags():

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 from data import (
     SEPARATOR,
+    Corpus,
     check_can_write,
     hash_of,
     load_corpus,
@@ -58,6 +59,7 @@ from model import (
     WORLD,
     Mamba2Config,
     Mamba2LM,
+    State,
     all_rows,
     any_process,
     choose_device,
@@ -110,12 +112,12 @@ class InitialState:
         for name, tensors in (memory or {}).items():
             self.memory[name] = [t.to(device) if name in ("mean", "square") else own(t).to(device) for t in tensors]
 
-    def zeros(self, b):
+    def zeros(self, b: int) -> int:
         """How many of b sequences start from zero: always the first ones, so that the chains of the others grow long."""
         zeros = WORLD * b - round(self.init_prob * WORLD * b)
         return b if self.mode == "zero" else min(max(zeros - RANK * b, 0), b)
 
-    def draw(self, model, b, step):
+    def draw(self, model: Mamba2LM, b: int, step: int) -> State | None:
         if self.mode == "zero":
             return None
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)  # the same after a resume
@@ -137,7 +139,7 @@ class InitialState:
         conv = [t if t is None else torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in conv]
         return list(zip(conv, ssm))
 
-    def observe(self, state):
+    def observe(self, state: State) -> int:
         """state: the list of (conv, ssm) at the end of a step. Detached: no gradient reaches the previous step. Rows that
         are not finite anywhere start again from zero, lest one bad batch poison their chains; -> how many"""
         if self.mode not in ("prev", "tbtt"):
@@ -152,7 +154,7 @@ class InitialState:
             self.memory["conv"] = conv
         return bad.sum().item()
 
-    def fit(self, state, rate):
+    def fit(self, state: State, rate: float) -> None:
         """For `fitted`: moves the mean and the mean square of each layer and head towards those of these final states.
 
         They must come from zero states. States that started from fitted noise still hold what the slow heads have not
@@ -176,7 +178,7 @@ def at_least(low, kind=int, high=10**9):
     return number
 
 
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     intro, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=intro, epilog=rest, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
@@ -228,7 +230,7 @@ def make_parser():
     return parser
 
 
-def resolve(given):
+def resolve(given: dict) -> tuple[dict, Path, Mamba2LM | None, dict | None]:
     """The flags given -> (all flags, the folder, what to start from: the model and the checkpoint of a run, or None).
     ValueError says which flag is wrong. Nothing is written."""
     out = Path(given.get("out", f"out/{given.get('init_state', DEFAULTS['init_state'])}"))
@@ -264,7 +266,7 @@ def resolve(given):
     return args, out, model, checkpoint
 
 
-def choose_dtype(device):
+def choose_dtype(device: torch.device) -> str:
     """bfloat16 for the matrix products where it is fast, float32 elsewhere (many CPUs only emulate bfloat16)."""
     cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     amx = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
@@ -275,7 +277,7 @@ def choose_dtype(device):
 # Training
 
 
-def learning_rate(step, args):
+def learning_rate(step: int, args: dict) -> float:
     """Linear up to the peak, then a cosine down to a tenth of it."""
     warmup = max(1, round(WARMUP * args["steps"]))
     if step < warmup:
@@ -284,7 +286,7 @@ def learning_rate(step, args):
     return args["lr"] * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def estimate_memory(config, b, T, parts, dtype):
+def estimate_memory(config: Mamba2Config, b: int, T: int, parts: int, dtype: str) -> tuple[int, int]:
     """-> bytes that stay (float32 weights, gradients, two moments, states), bytes that the forward keeps for the backward.
     The numbers per channel were counted once, at several sizes: within a quarter of what is really kept."""
     layer = config.d_model * (2 * config.d_inner + config.conv_dim + config.nheads)  # in_proj, out_proj
@@ -294,7 +296,7 @@ def estimate_memory(config, b, T, parts, dtype):
     return kept, b // parts * T * layers + 8 * min(b // parts * T * config.vocab_size, LOGITS_AT_ONCE)
 
 
-def memory_of(device):
+def memory_of(device: torch.device) -> float:
     """Bytes that the device has; infinity where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -302,7 +304,7 @@ def memory_of(device):
 
 
 @torch.no_grad()
-def validate(model, tokens, T, device):
+def validate(model: Mamba2LM, tokens, T: int, device: torch.device) -> tuple[float, float]:
     """Mean losses (nats/token), on the same held-out tokens at every call: over windows of T tokens from a zero state,
     and over the second half of texts of 64 T tokens through which the state is carried."""
     windows = random_windows(tokens, max(16, 32768 // T), T, 0, 0).to(device)
@@ -315,7 +317,7 @@ def validate(model, tokens, T, device):
     return val.item(), torch.stack(carried[segments // 2 :]).mean().item()
 
 
-def provenance(corpus):
+def provenance(corpus: Corpus) -> dict:
     """What one needs to know later to make the same run again. Plain values."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -332,7 +334,7 @@ COLUMNS = {"step": "7,d", "loss": "8.4f", "bits_per_byte": "7.3f", "lr": "9.1e",
 HEADER = "   step    loss  b/byte       lr   grad  state  ms/step     tok/s     val  val 64T"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int | None:
     parser = make_parser()
     try:
         given = vars(parser.parse_args(argv))
