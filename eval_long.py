@@ -76,8 +76,8 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float | None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Four measures. Each takes the model, the tokens (recall: the corpus), where the sequences begin, their length, T, and a bar to update, and
-# returns rows: dicts of plain values.
+# Four measures. Each takes the model, the tokens (recall: the corpus), where the sequences begin, their length, T, and a
+# bar to update, and returns rows: dicts of plain values.
 
 
 @torch.inference_mode()
@@ -385,9 +385,9 @@ def main(argv: list[str] | None = None) -> None:
     for run, (model, checkpoint) in runs.items():
         if checkpoint["corpus_hash"] not in (None, corpus.hash):
             print(f"note: {run} was trained on corpus {checkpoint['corpus_hash']}, this is {corpus.hash}")
-        settings = {"measure": args.measure, "checkpoint": hashlib.sha256(Path(checkpoint["file"]).read_bytes()).hexdigest()[:12], "corpus_hash": corpus.hash,
-                    "part": args.part, "dt_scale": args.dt_scale, "max_len": length, "sequences": len(starts),
-                    "seed": args.seed}  # fmt: skip
+        digest = hashlib.sha256(Path(checkpoint["file"]).read_bytes()).hexdigest()[:12]
+        settings = {"measure": args.measure, "checkpoint": digest, "corpus_hash": corpus.hash, "part": args.part,
+                    "dt_scale": args.dt_scale, "max_len": length, "sequences": len(starts), "seed": args.seed}  # fmt: skip
         rows = [row for row in known if settings.items() <= row.items()]
         if rows:
             print(f"{run} is in {path} already")

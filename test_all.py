@@ -1414,9 +1414,9 @@ def test_base_run_is_small_and_cannot_be_resumed(capsys):
     assert checkpoint["args"]["seq_len"] == 32 and sum(p.numel() for p in model.parameters()) < 500_000
 
 
-def test_measurements_in_the_readme_are_in_results():
-    """The rows of its tables of speed and of kernels (size small, bfloat16), made again from what the scripts printed."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_measurements_in_the_readmes_are_in_results():
+    """The rows of the tables of speed and of kernels (small, bfloat16), made again from what the scripts printed."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "results/README.md").read_text(encoding="utf-8")
     lines = (ROOT / "results/speed.txt").read_text().splitlines()
     for row in [json.loads(line) for line in lines if line.startswith('{"preset"')]:
         how, (least, most) = {"off": "eager", "on": "`--compile=on`"}[row["compile"]], row["floor_ratio_range"]
@@ -1476,3 +1476,6 @@ def test_commands_in_the_texts_have_existing_flags():
     assert len(commands) > 8
     for command in commands:
         train.make_parser().parse_args(re.split(r" {3,}", command.strip())[0].split())
+    for flag in re.findall(r"`(--[^`]*)`", texts[0]):
+        if "measure" not in flag and "sweep" not in flag:
+            train.make_parser().parse_args(flag.split() if re.search("[ =]", flag) or flag == "--resume" else [])

@@ -373,6 +373,7 @@ def main(argv: list[str] | None = None) -> int | None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: error: {error}\n")
 
+    # From here on nothing is wrong with the flags. First the optimizer, in three groups.
     model.to(device).train()
     config.backend = None if args["backend"] == "auto" else args["backend"]
     parameters = list(model.parameters())
@@ -387,16 +388,13 @@ def main(argv: list[str] | None = None) -> int | None:
     print(f"model     {sum(p.numel() for p in parameters):,} parameters, {config.n_layer} layers of {config.nheads} heads, "
           f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
     print(f"device    {device}, matrix products in {args['dtype']}")
-    print(
-        "flags     "
-        + " ".join(f"{k}={v}" for k, v in args.items() if k in ("init_prob", "rates_lr", "lr", "seed", "compile"))
-    )
-    print(f"memory    about {(kept + backward) / 2**20:,.0f} MB: {kept / 2**20:,.0f} for weights, gradients, Adam and states, "
-          f"{backward / 2**20:,.0f} for the backward")  # fmt: skip
+    print("flags    ", *(f"{name}={args[name]}" for name in ("lr", "rates_lr", "init_prob", "seed", "compile")))
+    print(f"memory    about {(kept + backward) / 2**20:,.0f} MB, {backward / 2**20:,.0f} of them for the backward")
     tokens = WORLD * b * T
     print(f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * tokens:,} tokens -> {out}")
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
+    # A step, all that depends on it, and what is saved.
     def batch_of(step):
         batch = own(random_windows(corpus.train, WORLD * b, T, args["seed"], step))
         if args["init_state"] == "tbtt":
@@ -444,6 +442,7 @@ def main(argv: list[str] | None = None) -> int | None:
                    "optimizer": optimizer.state_dict(), "init_state": memory}  # fmt: skip
         write_whole(folder / "ckpt.pt", lambda file: torch.save(content, file))
 
+    # Where to begin: at the checkpoint's step, or at 0, with statistics for `fitted`.
     step, log, origin = 0, out / "log.jsonl", provenance(corpus)
     if resuming:
         step = checkpoint["step"]
@@ -451,7 +450,7 @@ def main(argv: list[str] | None = None) -> int | None:
     elif args["init_state"] == "fitted":
         for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
             fit(args["steps"] + i, 1 / (i + 1))  # batches that training will not use; the plain mean of all
-    if args["compile"] == "on":
+    if args["compile"] == "on":  # before anything is written: what was compiled is in the checkpoint
         start = time.perf_counter()
         for block in model.backbone.layers:  # the blocks only: with the embedding, two threads gave two results
             block.compile(dynamic=False)
@@ -482,6 +481,7 @@ def main(argv: list[str] | None = None) -> int | None:
             out.rmdir()  # it is empty
         made.rename(out)
 
+    # The loop.
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one saves and stops, the next one just stops
         signal.signal(number, lambda number, _: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))

@@ -75,7 +75,7 @@ def excess_table(results, ts=(128, 512, 2048, 8192, 32768, 131072)):
     """Excess up to some t, mean and spread over the seeds; the loss within T."""
     present = {row["to"] for rows in results.values() for row in rows}
     ts = [t for t in ts if t in present]
-    lines = ["| | " + " | ".join(f"t = {t:,}" for t in ts) + " | loss within T |", "|---" * (len(ts) + 2) + "|"]
+    lines = ["| | " + " | ".join(f"t = {t:,}" for t in ts) + " | window loss |", "|---" * (len(ts) + 2) + "|"]
     for name, rows in results.items():
         at = {row["to"]: row for row in rows}
         cells = [spread(at[t], "excess", "+.2f") if t in at else "" for t in ts]
@@ -103,7 +103,7 @@ def when_pictures(results):
 
 
 def when_table(results):
-    lines = ["| changed | excess at 256 T | loss within T |", "|---|---|---|"]
+    lines = ["| changed | excess at 256 T | window loss |", "|---|---|---|"]
     for title, kinds in WHEN.items():
         for kind in kinds:
             for row in results.get(kind, []):
