@@ -134,9 +134,9 @@ class InitialState:
         else:  # zero before the first step
             ssm = self.memory.get("ssm", ssm)
         conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * len(ssm)
-        zeros = self.zeros(b)
-        ssm = [torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in ssm] if zeros else ssm
-        conv = [t if t is None else torch.cat([torch.zeros_like(t[:zeros]), t[zeros:]]) for t in conv]
+        for t in (*ssm, *conv):
+            if t is not None:
+                t[: self.zeros(b)] = 0
         return list(zip(conv, ssm))
 
     def observe(self, state: State) -> int:
