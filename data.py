@@ -9,7 +9,7 @@
 A corpus is a list of documents. A fifth of them is held out for evaluation; the rest trains the tokenizer and the model.
 Both parts are encoded once, each document followed by a separator, and kept as one flat array of ids on disk:
 
-    data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json        if it was learnt here
+    data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json        but for a run's own
     data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.bin, ...-val.bin
 
 so that text or a tokenizer that changed can never meet tokens of an older one. train.py does all this on first use.
@@ -183,7 +183,10 @@ def split_documents(documents: dict[str, str]) -> tuple[list[str], list[str]]:
 # Tasks with one right answer, for models that have to remember it. A corpus is so many samples, each a document.
 
 SAMPLES = 200_000
-TASKS = {"copy": (3, 15), "passkey": (0, 40)}  # the least and the greatest size to train on: with T = 32, it all fits
+TASKS = {
+    "copy": (3, 15),
+    "passkey": (0, 40),
+}  # the least and the greatest size to train on: T = 32 holds it, in bytes (copy) or bpe1024
 
 
 def make_sample(task: str, size: int, random, text: str = "", depth: float | None = None) -> tuple[str, str]:
@@ -229,7 +232,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
         best = max(counts, key=counts.get, default=b"")
         if counts[best] < 1:
             raise ValueError(f"the text is too short for {vocab_size} tokens: take a smaller bpeN, or byte")
-        bar.update(best not in ranks)
+        bar.update(best not in ranks)  # (a + aa may be there already: from aa + a)
         ranks.setdefault(best, len(ranks))
         for i in found_in.pop(best):
             word, j = words[i][0], 0
@@ -270,6 +273,8 @@ class HuggingFace:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+        if self.tokenizer.token_to_id(SEPARATOR) is None:
+            raise ValueError(f"it has no {SEPARATOR}, which goes between documents")
         self.decode, self.encode_single_token = self.tokenizer.decode, self.tokenizer.token_to_id
 
     def encode_ordinary(self, text):
@@ -395,11 +400,11 @@ def next_windows(tokens: np.ndarray, b: int, l: int, seed: int, step: int) -> to
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Prepares a tokenized corpus and says what it holds.")
     parser.add_argument(
-        "--dataset", default="python", help="python, a UTF-8 text file, a folder of them, copy or passkey"
+        "--dataset", default="python", help="python, a UTF-8 text file, a folder, an address, copy, passkey"
     )
     parser.add_argument("--tokenizer", default="bpe1024", help="byte, bpeN (N ids, learnt from the text) or gpt2")
     args = parser.parse_args()
     try:
         load_corpus(args.dataset, args.tokenizer)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: {error}\n")
+        parser.exit(2, f"data.py: error: {error}\n")

@@ -5,7 +5,7 @@
     python eval_long.py out/prev --dataset=novel.txt          on (the held-out fifth of) another text
     python eval_long.py out/zero out/prev --measure=remembrance       and why: how much of the past weighs on it,
     python eval_long.py out/zero out/prev --measure=init_state        what a wrong state at the start costs
-    torchrun --nproc_per_node=2 eval_long.py out/prev         by several processes, or GPUs
+    torchrun --nproc_per_node=2 eval_long.py out/prev         the first of these by several processes, or GPUs
     python eval_long.py out/copy --measure=recall             for models of --dataset=copy or passkey: right answers
 
 Some positions happen to hold harder text than others, so each token is predicted twice by the same model:
@@ -53,13 +53,15 @@ COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#
           "foreign": "#0072B2", "true": "#CC79A7"}  # fmt: skip
 
 
-def choose_starts(tokens: np.ndarray, length: int, sequences: int | None, seed: int, most: int = 8) -> np.ndarray:
+def choose_starts(tokens, length: int, sequences: int | None, seed: int, most: int = 8, past: int = 0) -> np.ndarray:
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
-    sequences None: as many as fit, at most `most`. ValueError says what would fit."""
+    sequences None: as many as fit, at most `most`. Each has `past` more tokens before it, counted neither in length nor
+    in what ValueError says would fit."""
+    length += past
     fit = len(tokens) // (length + 1)
     if fit < (sequences or 1):
         raise ValueError(f"the text to evaluate has {len(tokens):,} tokens: {sequences or 1} x {length:,} do not fit. "
-                         f"--max_len={(len(tokens) // (sequences or 1)) - 1} would, or fewer --sequences")  # fmt: skip
+                         f"--max_len={len(tokens) // (sequences or 1) - 1 - past} would, or fewer --sequences")  # fmt: skip
     sequences = sequences or min(fit, most)
     slot = len(tokens) // sequences
     return np.arange(sequences) * slot + np.random.default_rng(seed).integers(slot - length, size=sequences)
@@ -108,6 +110,7 @@ def perplexity(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: 
         window_tokens += window_nll.numel()
         full[:, bucket] += nll[:, 0 if begin else half :].cpu().double().sum(1)
         restarted[:, bucket] += window_nll.view(b, -1, T)[..., half:].sum((1, 2))
+        # the last segment of a bucket stays
         stds[bucket] = [torch.cat([ssm.flatten() for _, ssm in state]).std().item(),
                         [[round(std, 5) for std in ssm.std((0, 2, 3)).tolist()] for _, ssm in state]]  # fmt: skip
         progress.update(WORLD * b * (end - begin) * half)
@@ -155,7 +158,7 @@ def init_state(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: 
     """What each state before a text costs over its next tokens, against a zero state. Means over buckets (from, to] of
     the position, in nats/token. With `past` the 128 T tokens that come before the text, the states are
 
-        noise      Gaussian, with the standard deviation of the states after each past
+        noise      Gaussian, with one standard deviation: that of all states after the pasts
         fitted     the same, mean and standard deviation for each layer and head
         foreign    the state after the past of another sequence: unrelated text
         true       the state after its own past, with its convolution inputs (the others have zeros there, as zero has)"""
@@ -187,13 +190,14 @@ def init_state(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: 
 @torch.inference_mode()
 def recall(model: Mamba2LM, corpus: Corpus, starts: np.ndarray, length: int, T: int, progress) -> list[dict]:
     """Share of the answers' tokens that a model gets right, the earlier ones given, in the task that it was trained on:
-    64 samples of each size from the trained one up, as far as they fit `length`. Passkeys at three depths."""
+    samples of each size, as many as there are starts, from the trained one up as far as they fit `length`. Passkeys at
+    three depths."""
     task, rows, text = corpus.name, [], passkey_text(1) if corpus.name == "passkey" else ""
     size = TASKS[task][1]
     while True:
         for depth in (0.1, 0.5, 0.9) if task == "passkey" else (None,):
             random, right, tokens = np.random.default_rng(0), [], []
-            for _ in range(64):
+            for _ in starts:
                 prompt, answer = map(corpus.tokenizer.encode_ordinary, make_sample(task, size, random, text, depth))
                 if len(prompt + answer) > length:
                     return rows
@@ -208,8 +212,8 @@ def recall(model: Mamba2LM, corpus: Corpus, starts: np.ndarray, length: int, T: 
         size *= 2
 
 
-# name: the function, the default --max_len, the most sequences by default, tokens forwarded for each one evaluated, and
-# what is on the x axis
+# name: the function, the default --max_len, the most sequences by default, what the bar counts for each of their tokens,
+# and what is on the x axis
 MEASURES = {"perplexity": (perplexity, 65536, 8, 1, "t (tokens before the predicted one, at most)"),
             "remembrance": (remembrance, 4096, 128, 2, "tokens of context kept"),
             "init_state": (init_state, 512, 256, 13, "tokens after the initial state"),
@@ -240,7 +244,7 @@ def print_perplexity(results: dict[str, list[dict]]) -> None:
 
 
 def panels(measure: str, results: dict[str, list[dict]]) -> list[tuple]:
-    """results {run: rows} -> [(title, label of y, {label: (colour, [(x, y, error)])})], a panel for each picture"""
+    """results {run: rows} -> [(title, label of y, {label: (key of COLORS, or a colour, [(x, y, error)])})], one a picture"""
 
     def lines(x, y, keep=lambda row: True, error=None):
         found = {
@@ -297,6 +301,7 @@ def draw(path: Path, pictures: list[tuple], x_label: str, lengths) -> None:
     for axis, (title, label, lines) in zip(axes.flat, pictures):
         for i, (name, (color, points)) in enumerate(lines.items()):
             x, y, error = np.array([[x, y, error or 0] for x, y, error in points]).T
+            # a name that begins with "_" is not in the legend
             same = 0 if name.startswith("_") else sum(color == other for other, _ in list(lines.values())[:i])
             axis.plot(x, y, color=COLORS.get(color, color), marker="o", markersize=3, label=name,
                       linestyle=["-", "--", ":", "-."][same % 4])  # fmt: skip
@@ -336,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, help=f"sequences [as many as the text has, at most {most}]")
     parser.add_argument("--seed", type=int, default=0, help="of where they begin [0]")
     parser.add_argument(
-        "--dataset", help="python, a UTF-8 text file, a folder of them, or a task (copy, passkey) [the runs']"
+        "--dataset", help="python, a UTF-8 text file, a folder, an address, or a task (copy, passkey) [the runs']"
     )
     parser.add_argument("--part", default="val", choices=["val", "train"], help="held-out or training text [val]")
     parser.add_argument("--dt_scale", type=float, default=1.0, help="multiplies dt: below 1, the model's time goes "
@@ -361,20 +366,22 @@ def main(argv: list[str] | None = None) -> None:
         if len(datasets) > 1 and not args.dataset:
             raise ValueError(f"these runs were trained on {' and '.join(sorted(datasets))}: choose one with --dataset")
         longest = max(checkpoint["args"]["seq_len"] for _, checkpoint in runs.values())
-        length = default_length if args.max_len is None else args.max_len
+        length = max(default_length, longest) if args.max_len is None else args.max_len
         if length < longest:
             raise ValueError(f"--max_len={length} is less than T = {longest}, the training length")
         if args.sequences is not None and args.sequences < 1 or args.seed < 0 or not 0 < args.dt_scale <= 1e3:
             raise ValueError("--sequences should be at least 1, --seed at least 0, --dt_scale above 0, up to 1000")
         corpus = load_corpus(args.dataset or datasets.pop(), tokenizers[args.runs[0]])
         tokens = getattr(corpus, args.part)
-        whole = length + 128 * longest * (args.measure == "init_state")
-        starts = choose_starts(tokens, whole, args.sequences, args.seed, most)
+        past = 128 * longest * (args.measure == "init_state")
+        starts = choose_starts(tokens, length, args.sequences, args.seed, most, past)
+        if past and len(starts) < 2:
+            raise ValueError("--measure=init_state needs two --sequences: a foreign state comes from another one")
         if args.measure == "recall" and corpus.name not in TASKS:
-            raise ValueError(
-                f"--measure=recall needs a task, --dataset={corpus.name} is a text: try {' or '.join(TASKS)}"
-            )
-        if len(starts) % WORLD:
+            raise ValueError(f"--measure=recall needs a task, {' or '.join(TASKS)}: --dataset={corpus.name} is a text")
+        if args.measure == "recall" and (args.seed or args.part != "val"):
+            raise ValueError("--measure=recall draws samples of its own: leave out --seed and --part")
+        if args.measure == "perplexity" and len(starts) % WORLD:
             raise ValueError(f"{len(starts)} sequences are not a multiple of the {WORLD} processes: choose --sequences")
         path = Path(args.out) / "results.jsonl"
         known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -401,6 +408,8 @@ def main(argv: list[str] | None = None) -> None:
             total = len(starts) * length * passes
             with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=RANK > 0 or None) as bar:
                 rows = measure(model, corpus if measure is recall else tokens, starts, length, T, bar)
+            if not rows:
+                parser.exit(2, f"eval_long.py: error: --max_len={length} is too short for this task\n")
             rows = [facts | settings | row for row in rows]
             known += rows
             text = "".join(json.dumps(row) + "\n" for row in known)

@@ -59,7 +59,7 @@ class Mamba2Config:
     d_conv: int = 4  # the convolution's window, in tokens
     ngroups: int = 1  # g
     A_init: str = "uniform"  # or "log": log-uniform, one head in each of h equal parts
-    A_init_range: tuple = (1, 16)  # rates of forgetting; with dt, a head remembers about 1 / (dt A) tokens
+    A_init_range: tuple = (1, 16)  # -A, the rates of forgetting; a head remembers about 1 / (dt |A|) tokens
     dt_min: float = 1e-3
     dt_max: float = 0.1
     tie_embeddings: bool = True  # lm_head's weight is the embedding's
@@ -110,7 +110,9 @@ class Mamba2(nn.Module):
         super().__init__()
         self.config = config
         h = config.nheads
-        self.in_proj = nn.Linear(config.d_model, config.d_inner + config.conv_dim + h, bias=False)  # z, x, B, C, dt
+        self.in_proj = nn.Linear(
+            config.d_model, config.d_inner + config.conv_dim + h, bias=False
+        )  # z, the gate; x, B, C; dt
         self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
@@ -118,10 +120,10 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(config.d_inner, config.ngroups)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
-    def project(self, u):
-        """u (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h), the last one after softplus, in float32."""
+    def project(self, inputs):
+        """inputs (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h), the last one after softplus, in float32."""
         sizes = (self.config.d_inner, self.config.conv_dim, self.config.nheads)
-        z, xBC, dt = self.in_proj(u).split(sizes, dim=-1)
+        z, xBC, dt = self.in_proj(inputs).split(sizes, dim=-1)
         return z, xBC, F.softplus(dt + self.dt_bias) * self.dt_scale
 
     def convolve(self, xBC, conv):
@@ -144,11 +146,11 @@ class Mamba2(nn.Module):
         x = x.unflatten(-1, (config.nheads, config.headdim))
         return x, *(t.unflatten(-1, (config.ngroups, config.d_state)) for t in (B, C))
 
-    def forward(self, u, state):
-        """u (b, l, d), state (conv, ssm) -> (b, l, d), (conv, ssm)"""
-        l = u.shape[1]
+    def forward(self, inputs, state):
+        """inputs (b, l, d), state (conv, ssm) -> (b, l, d), (conv, ssm)"""
+        l = inputs.shape[1]
         conv, ssm = state
-        z, xBC, dt = self.project(u)
+        z, xBC, dt = self.project(inputs)
         xBC, conv = self.convolve(xBC, conv)
         x, B, C = self.split_heads(xBC)
         chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than needed: l, up to a power of two
@@ -156,14 +158,14 @@ class Mamba2(nn.Module):
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv, ssm)
 
-    def step(self, u, state):
-        """forward for one token: u (b, d), state (conv, ssm) -> (b, d), (conv, ssm)"""
+    def step(self, inputs, state):
+        """forward for one token: inputs (b, d), state (conv, ssm) -> (b, d), (conv, ssm)"""
         conv, ssm = state
-        z, xBC, dt = self.project(u)
+        z, xBC, dt = self.project(inputs)
         window = torch.cat([conv, xBC[:, None]], dim=1)  # (b, d_conv, conv_dim)
         x, B, C = self.split_heads(F.silu((window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias))
         if self.config.ngroups > 1:
-            B, C = (t.repeat_interleave(self.config.nheads // self.config.ngroups, dim=1) for t in (B, C))
+            B, C = (t.repeat_interleave(self.config.nheads // self.config.ngroups, dim=1) for t in (B, C))  # (b, h, n)
         decay = torch.exp(dt * -torch.exp(self.A_log))[..., None, None]  # (b, h, 1, 1)
         ssm = (decay * ssm).addcmul_((dt[..., None] * x)[..., None], B[:, :, None])  # (b, h, p, n)
         y = torch.addcmul((ssm @ C[..., None])[..., 0], self.D[:, None], x)  # (b, h, p)
@@ -202,7 +204,7 @@ class Mamba2LM(nn.Module):
         out_proj                      the same, divided by sqrt(n_layer): each layer adds to the residual stream
         norms, D                      1
         dt_bias                       softplus(dt_bias) log-uniform in [dt_min, dt_max]
-        A_log                         log A, A uniform or log-uniform in A_init_range
+        A_log                         log of -A, which is uniform or log-uniform in A_init_range
         No weight decay on dt_bias, A_log, D, norms and biases (train.py: on nothing with one dimension)."""
         config = self.config
         h = config.nheads
@@ -233,7 +235,8 @@ class Mamba2LM(nn.Module):
         return self.backbone.norm_f(x), new_state
 
     def check_state(self, idx, state):
-        """ValueError unless state is None or a pair (conv, ssm) for each layer; either may be None (= zeros)."""
+        """-> the state, None written out as pairs of None. ValueError unless it is a pair (conv, ssm) for each layer, of
+        which either may be None (= zeros)."""
         if idx.dim() != 2 or idx.shape[1] < 1:
             raise ValueError(f"token ids should be of shape (b, l), l >= 1, not {tuple(idx.shape)}")
         if state is None:
@@ -262,7 +265,8 @@ class Mamba2LM(nn.Module):
         return self.lm_head(hidden), None, state
 
     def per_token_nll(self, idx: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """idx, targets (b, l) -> negative log-likelihoods (b, l) in nats, float32; state. Holds a slice of logits."""
+        """idx, targets (b, l) -> negative log-likelihoods (b, l) in nats, float32; state. Only LOGITS_AT_ONCE logits exist
+        at a time."""
 
         def nll(hidden, targets):
             return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
@@ -309,7 +313,8 @@ class Mamba2LM(nn.Module):
 
 # Official checkpoints: a folder with config.json and pytorch_model.bin (mamba_ssm), or model.safetensors (transformers).
 OFFICIAL_FILES = ("pytorch_model.bin", "model.safetensors")
-# What their configurations call our fields (mamba_ssm: as we do), and the only value that we implement of others.
+# What their configurations call our fields (mamba_ssm: as we do), the only value that we implement of others, and those
+# that change nothing here.
 TRANSFORMERS = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state", "head_dim": "headdim",
                 "n_groups": "ngroups", "conv_kernel": "d_conv", "expand": "expand", "vocab_size": "vocab_size",
                 "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
@@ -318,7 +323,7 @@ ONLY = {"model_type": "mamba2", "layer": "Mamba2", "d_intermediate": 0, "attn_la
         "rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "bias": False, "conv_bias": True,
         "dt_limit": [0.0, math.inf], "time_step_limit": [0.0, math.inf], "use_bias": False, "use_conv_bias": True,
         "hidden_act": "silu", "layer_norm_epsilon": 1e-5}  # fmt: skip
-EVERYWHERE = ("A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path",
+IGNORED = ("A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path",
               "layer_idx")  # fmt: skip
 
 
@@ -332,7 +337,7 @@ def load_official(file: Path) -> tuple[Mamba2Config, dict]:
         ours = {name: fields[theirs] for theirs, name in TRANSFORMERS.items() if theirs in fields}
         unknown = set()
     else:
-        unknown = set(fields.get("ssm_cfg", {})) - {*MAMBA_SSM, *ONLY, *EVERYWHERE}
+        unknown = set(fields.get("ssm_cfg", {})) - {*MAMBA_SSM, *ONLY, *IGNORED}
         fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})  # mamba_ssm's default
         ours = {name: fields[name] for name in MAMBA_SSM if name in fields}
     wrong = unknown | {name for name, value in ONLY.items() if name in fields and fields[name] != value}
@@ -378,7 +383,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[Mamb
                                      "preset": "small", "tokenizer": "its own"}  # fmt: skip
             checkpoint = {"config": asdict(config), "args": args, "step": 0, "tokens": 0, "corpus_hash": None}
         else:
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             config, weights = Mamba2Config(**checkpoint["config"]), checkpoint["model"]
         checkpoint["file"] = str(file)
         model = Mamba2LM(config).to(device)
@@ -422,13 +427,13 @@ def mean_over_processes(tensor):
 
 
 def any_process(flag, device):
-    """Whether it is true in any process: all of them stop, or save, at the same step."""
+    """Whether it is true in any process: then all of them stop, at the same step."""
     return bool(flag) if WORLD == 1 else mean_over_processes(torch.tensor(float(bool(flag)), device=device)).item() > 0
 
 
 def choose_device(name: str) -> torch.device:
     """ "auto" (CUDA, Apple's MPS, or the CPU, in this order), "cpu", "cuda:1", ... -> the torch.device, if it works here.
-    Under torchrun, the GPU of this process; all processes meet here."""
+    Under torchrun, the GPU of this process; all processes meet here, and from here on only process 0 prints."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and WORLD > 1:

@@ -5,8 +5,11 @@ Each head carries a state S, a matrix of p x n numbers, along the sequence (arXi
     S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T        forget a little, then write x_t under the address B_t
     y_t = S_t C_t                                     read at the address C_t
 
+x_t (p numbers), B_t, C_t (n numbers) and the time step dt_t > 0 come from token t (model.py, in_proj); A < 0 is one learnt
+number a head. The heads of a group share B and C.
+
 S_{-1} is the *initial state*, the subject of this project; S_{l-1}, the *final state*, is what the next segment or
-the next batch starts from. Both are arguments like any other here: gradients flow into the first, out of the second.
+the next batch starts from. Here the first is an argument and the second a result like any other, both with gradients.
 
     ssd_loop      the two lines above, token by token: slow and obvious, the reference of every test
     ssd_chunked   the same numbers from matrix products over chunks of tokens, in plain torch: the path of a CPU
@@ -55,7 +58,7 @@ def ssd_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state:
 #     y_q   = sum_{s <= q} exp(cs_q - cs_s) (C_q . B_s) u_s  +  exp(cs_q) S C_q
 #     S_new = sum_s exp(cs_last - cs_s) u_s B_s^T  +  exp(cs_last) S
 #
-# which is matrix products, c tokens at a time. Four steps:
+# which is matrix products, c tokens at a time. Four steps (o: element by element):
 #
 #     1 inside the chunk   y     = W u,  W = (C B^T) o L,  L[q, s] = exp(cs_q - cs_s) for s <= q, else 0
 #     2 from the past      y    += exp(cs) C S^T
@@ -101,7 +104,7 @@ def _decays_and_scores(dt, A, B, C):
 
 
 def _exp(exponent, like):
-    """A decay for each token and head, to multiply (..., p) by, in the dtype of `like`."""
+    """Decays in the dtype of `like`, with one more dimension: for all p of a head (or n, where p is the last but one)."""
     return torch.exp(exponent.clamp(max=0))[..., None].to(like.dtype)
 
 
@@ -238,7 +241,7 @@ def _where_am_i(l, chunks, HEADS: tl.constexpr, TILES: tl.constexpr, Q: tl.const
 def walk_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l, chunks, stride_x, stride_B,
         REVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
         Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    tile, head, batch, rows, inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
+    tile, head, batch, _, _ = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)  # one "chunk": the batch row
     cols_x = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
     cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
     offs_state = cols_x[:, None] * N_ALL + cols_n[None, :]  # [P, N]
@@ -288,7 +291,7 @@ def inputs_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_p
     rows_state = chunk * (H * P_ALL) + cols_x  # [P]
     dy = _load(dy_ptr, H * P_ALL, rows, cols_x, inside)  # [Q, P]
     CB, du = tl.zeros((Q, Q), tl.float32), tl.zeros((Q, P), tl.float32)
-    read, carried = tl.zeros((Q,), tl.float32), tl.zeros((P,), tl.float32)
+    from_past, carried = tl.zeros((Q,), tl.float32), tl.zeros((P,), tl.float32)
     for n in range(0, N_ALL, N):
         cols_n = n + tl.arange(0, N)  # [N]
         B = _load(B_ptr, stride_B, rows, head // (H // G) * N_ALL + cols_n, inside)  # [Q, N]
@@ -297,7 +300,7 @@ def inputs_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_p
         dS = tl.load(dstates_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
         du = tl.dot(B, tl.trans(dS), du, input_precision=PRECISION)
-        read += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)  # y' . S C, without keeping S C
+        from_past += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)  # y' . S C, without keeping S C
         carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     dt, since, until, across, L = _decays(dt_ptr, A_ptr, rows, head, inside, H, Q)
     x = _load(x_ptr, stride_x, rows, cols_x, inside)  # [Q, P]
@@ -307,7 +310,7 @@ def inputs_grad_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, states_ptr, dstates_p
     written = tl.sum(x * du, 1) * dt  # [Q]
     du = tl.dot(tl.trans(W.to(x.dtype)), dy, du, input_precision=PRECISION)
     # the sums of a' in the order of the derivation; all are linear in x and y', so that tiles of p just add up
-    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + read * since, 0, reverse=True)  # [Q]
+    da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + from_past * since, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + across * tl.sum(carried, 0)
     tl.store(dx_ptr + rows[:, None] * (H * P_ALL) + cols_x[None, :], du * dt[:, None], mask=inside[:, None])
     ddt = tl.sum(x * du, 1) + tl.load(A_ptr + head) * da  # [Q]
@@ -359,7 +362,7 @@ for name, _, setting in (item.partition("=") for item in os.environ.get("SSD_SET
 def _launch(kernel, programs, x, B, chunk, *args, **flags):
     """programs(tiles of p, tiles of n) -> how many programs a batch row needs"""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][x.element_size() // 4]
+    tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][x.element_size() // 4]  # 0: 16 bits, 1: 32
     tile_p, tile_n, warps = min(tile_p, p), min(tile_n, n), max(warps, chunk // 16)
     tf32 = x.is_cuda and torch.backends.cuda.matmul.allow_tf32  # only products of float32 could use it
     with torch.cuda.device_of(x):
@@ -411,25 +414,25 @@ def _backward(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, states: Te
     return [dx, ddt.sum(3), dA.sum((0, 1, 3)), dB, dC, dinit_state]
 
 
-def _keep(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], output[2])
     ctx.has_init, ctx.chunk = inputs[5] is not None, inputs[6]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal_state, _):
+def _autograd_backward(ctx, dy, dfinal_state, _):
     *grads, dinit_state = _backward(*ctx.saved_tensors, dy, dfinal_state, ctx.chunk)
     return *grads, dinit_state if ctx.has_init else None, None
 
 
 def ssd_triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None = None,
                chunk: int = 64) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The chunked scan in Triton. Arguments and results of `ssd`, within what `triton_needs` allows."""
+    """The chunked scan in Triton. Arguments and results of `ssd`, within what `why_not_triton` allows."""
     chunk = max(16, min(chunk, 64 if x.dtype == torch.float32 else 128))  # what products need, what registers hold
     return _forward(x, dt.float(), A.float(), B, C, init_state, chunk)[:2]
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 # for torch.compile: the shapes and dtypes of what comes back
 _forward.register_fake(lambda x, dt, A, B, C, init_state, chunk: (
     x.new_empty(x.shape), dt.new_empty(x[:, 0].shape + B.shape[3:]),
@@ -438,11 +441,11 @@ _backward.register_fake(lambda x, dt, A, B, C, S, *_: [t.new_empty(t.shape) for 
 BACKENDS = {"triton": ssd_triton, "torch": ssd_chunked}
 
 
-def triton_needs(x, B):
+def why_not_triton(x, B):
     """The first thing that keeps the kernels from these arguments: (argument, what it should be, what it is), or None."""
     able = torch.cuda.get_device_capability(x.device) >= (8, 0) if x.is_cuda else INTERPRETED and x.device.type == "cpu"
     checks = (
-        (triton and able, "backend", "'torch' without Triton, a GPU of capability 8.0, TRITON_INTERPRET=1", "'triton'"),
+        (triton and able, "backend", "'torch': kernels need Triton and a GPU (8.0) or TRITON_INTERPRET=1", "'triton'"),
         (x.dtype in (torch.float32, torch.bfloat16, torch.float16), "x", "32 or 16 bits wide for 'triton'", x.dtype),
         (x.shape[3] in (16, 32, 64, 128), "p of x", "16, 32, 64 or 128 for 'triton'", x.shape[3]),
         (B.shape[3] in (16, 32, 64, 128, 256), "n of B", "16, 32, 64, 128 or 256 for 'triton'", B.shape[3]),
@@ -461,7 +464,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tens
         B, C        (b, l, g, n)  in x's dtype; head i uses group i // (h // g)
         init_state  (b, h, p, n)  float32 (float64 if x is), the state before token 0; None = zeros
         chunk       tokens a chunk, a power of two
-        backend     "triton", "torch", or None: Triton on a GPU, torch elsewhere
+        backend     "triton", "torch", or None: Triton on a GPU, if it takes these sizes, torch elsewhere
     Returns
         y           (b, l, h, p)  in x's dtype
         final_state (b, h, p, n)  as init_state, the state after the last token
@@ -488,10 +491,10 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tens
         check_shape("init_state", init_state, b, h, p, B.shape[3])
         check(init_state.dtype == wide, "init_state", wide, init_state.dtype)
     check(chunk > 0 and chunk & (chunk - 1) == 0, "chunk", "a power of two", chunk)
-    needs = triton_needs(x, B)
-    backend = backend or ("triton" if x.is_cuda and needs is None else "torch")
+    why_not = why_not_triton(x, B)
+    backend = backend or ("triton" if x.is_cuda and why_not is None else "torch")
     check(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", backend)
-    check(backend != "triton" or needs is None, *(needs or ("", "", "")))
+    check(backend != "triton" or why_not is None, *(why_not or ("", "", "")))
     return BACKENDS[backend](x, dt, A, B, C, init_state, chunk)
 
 
@@ -501,7 +504,7 @@ if __name__ == "__main__":  # every backend that this machine can run, against t
     shapes = (2, 131, 4, 64), (2, 131, 4), (4,), (2, 131, 2, 128), (2, 131, 2, 128), (2, 4, 64, 128)
     x, dt, A, B, C, S = (torch.randn(shape, device=device) for shape in shapes)
     print("relative errors of     y        final    x'       dt'      A'       B'       C'       init'")
-    for backend in ["torch"] + ["triton"] * (triton_needs(x, B) is None):
+    for backend in ["torch"] + ["triton"] * (why_not_triton(x, B) is None):
         for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
             inputs, results = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S], []
             for scan, kwargs in ((ssd_loop, {}), (ssd, {"backend": backend})):

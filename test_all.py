@@ -324,7 +324,7 @@ def test_triton_refuses_by_name():
         with pytest.raises(ValueError, match=message):
             triton(16)(*inputs)
         ssd(*inputs)
-    code = "import torch, scan_kernel as s; print(s.triton_needs(torch.ones(1, 1, 1, 16), torch.ones(1, 1, 1, 16)))"
+    code = "import torch, scan_kernel as s; print(s.why_not_triton(torch.ones(1, 1, 1, 16), torch.ones(1, 1, 1, 16)))"
     assert "backend" in run_python(["-c", code]), "without the interpreter a CPU cannot run the kernels"
 
 
@@ -628,7 +628,7 @@ def test_recall_counts_right_answers():
 
     oracle = Oracle()
     for oracle.late, accuracy in ((0, 1.0), (40, 0.0)):
-        rows = eval_long.recall(oracle, corpus, None, 130, 8, tqdm(disable=True))
+        rows = eval_long.recall(oracle, corpus, range(64), 130, 8, tqdm(disable=True))
         assert [row["to"] for row in rows] == [31, 61, 121]
         assert all(row["accuracy"] == 1 for row in rows) if accuracy else rows[-1]["accuracy"] < 0.2
 

@@ -136,7 +136,7 @@ class InitialState:
         conv = self.memory.get("conv", conv) if self.mode == "tbtt" else [None] * len(ssm)
         for t in (*ssm, *conv):
             if t is not None:
-                t[: self.zeros(b)] = 0
+                t[: self.zeros(b)] = 0  # in place, in memory too: these rows are never carried over
         return list(zip(conv, ssm))
 
     def observe(self, state: State) -> int:
@@ -162,7 +162,8 @@ class InitialState:
         ssm = [ssm for _, ssm in state]  # each (b, h, p, n)
         for name, tensors in (("mean", ssm), ("square", [t.square() for t in ssm])):
             values = [mean_over_processes(t.mean((0, 2, 3))) for t in tensors]  # each (h)
-            self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(self.memory.get(name, values), values)]
+            old = self.memory.get(name, values)
+            self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(old, values)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,9 +236,8 @@ def resolve(given: dict) -> tuple[dict, Path, Mamba2LM | None, dict | None]:
     ValueError says which flag is wrong. Nothing is written."""
     out = Path(given.get("out", f"out/{given.get('init_state', DEFAULTS['init_state'])}"))
     benching = given.pop("bench", False)
-    if not benching:
-        check_can_write(out)
     if given.pop("resume", False):
+        check_can_write(out)
         model, checkpoint = load_run(out)
         if "optimizer" not in checkpoint:
             raise ValueError(f"{out} holds weights only, nothing to resume: start a new run with --init_from={out}")
@@ -245,8 +245,9 @@ def resolve(given: dict) -> tuple[dict, Path, Mamba2LM | None, dict | None]:
         fixed, why = set(args) - {"out", "device", "backend"}, "--resume"
     else:
         model, checkpoint = None, None
-        taken = out.is_file() or out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
-        if taken and not benching:
+        if not benching:
+            check_can_write(out.parent)
+        if (not out.name or out.is_file() or out.is_dir() and any(out.iterdir())) and not benching:
             raise ValueError(f"{out} is not empty: go on with its run by --resume, or name another folder with --out")
         args, fixed, why = DEFAULTS | PRESETS[given.get("preset", DEFAULTS["preset"])], set(), ""
         if "init_from" in given:
@@ -290,10 +291,10 @@ def estimate_memory(config: Mamba2Config, b: int, T: int, parts: int, dtype: str
     """-> bytes that stay (float32 weights, gradients, two moments, states), bytes that the forward keeps for the backward.
     The numbers per channel were counted once, at several sizes: within a quarter of what is really kept."""
     layer = config.d_model * (2 * config.d_inner + config.conv_dim + config.nheads)  # in_proj, out_proj
-    kept = 16 * (config.d_model * config.vocab_size * (2 - config.tie_embeddings) + config.n_layer * layer)
-    kept += 4 * b * config.n_layer * config.d_inner * config.d_state
+    lasting = 16 * (config.d_model * config.vocab_size * (2 - config.tie_embeddings) + config.n_layer * layer)
+    lasting += 4 * b * config.n_layer * config.d_inner * config.d_state
     layers = config.n_layer * (18 if dtype == "bfloat16" else 25) * (config.conv_dim + config.d_inner)
-    return kept, b // parts * T * layers + 8 * min(b // parts * T * config.vocab_size, LOGITS_AT_ONCE)
+    return lasting, b // parts * T * layers + 8 * min(b // parts * T * config.vocab_size, LOGITS_AT_ONCE)
 
 
 def memory_of(device: torch.device) -> float:
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = make_parser()
     try:
         given = vars(parser.parse_args(argv))
-        resuming, benching = "resume" in given, "bench" in given
+        resuming, benching = "resume" in given, "bench" in given  # resolve takes them out
         args, out, model, checkpoint = resolve(given)
         if resuming and checkpoint["step"] >= args["steps"]:
             return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
@@ -351,7 +352,7 @@ def main(argv: list[str] | None = None) -> int | None:
             args["dtype"] = choose_dtype(device)
         if args["compile"] == "auto":
             args["compile"] = "on" if device.type == "cuda" or args["steps"] >= COMPILE_FROM else "off"
-        run = out if resuming else args["init_from"]
+        run = Path(checkpoint["file"]).parent if checkpoint else None
         tokenizer = load_tokenizer(run, checkpoint.get("tokenizer_hash")) if run else args["tokenizer"]
         corpus = load_corpus(args["dataset"], tokenizer)
         if resuming and corpus.hash != checkpoint["corpus_hash"]:
@@ -364,9 +365,9 @@ def main(argv: list[str] | None = None) -> int | None:
             raise ValueError(f"--dataset={args['dataset']} holds less than two windows of {T} tokens in a part of it")
         shape = {name: args[name] for name in MODEL_FLAGS}
         config = model.config if model else Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **shape)
-        kept, backward = estimate_memory(config, b, T, args["grad_accum"], args["dtype"])
-        if kept + backward > 1.5 * memory_of(device):
-            raise ValueError(f"this would take about {(kept + backward) / 2**30:,.0f} GB of memory, {device} has "
+        lasting, backward = estimate_memory(config, b, T, args["grad_accum"], args["dtype"])
+        if lasting + backward > 1.5 * memory_of(device):
+            raise ValueError(f"this would take about {(lasting + backward) / 2**30:,.0f} GB of memory, {device} has "
                              f"{memory_of(device) / 2**30:,.0f}: take a smaller batch or model, or --grad_accum")  # fmt: skip
         torch.manual_seed(args["seed"])
         model = model or Mamba2LM(config)
@@ -389,12 +390,14 @@ def main(argv: list[str] | None = None) -> int | None:
           f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
     print(f"device    {device}, matrix products in {args['dtype']}")
     print("flags    ", *(f"{name}={args[name]}" for name in ("lr", "rates_lr", "init_prob", "seed", "compile")))
-    print(f"memory    about {(kept + backward) / 2**20:,.0f} MB, {backward / 2**20:,.0f} of them for the backward")
+    print(f"memory    about {(lasting + backward) / 2**20:,.0f} MB, {backward / 2**20:,.0f} of them for the backward")
     tokens = WORLD * b * T
     print(f"training  {args['init_state']}, {WORLD * b} x {T} tokens/step, {args['steps'] * tokens:,} tokens -> {out}")
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     # A step, all that depends on it, and what is saved.
+    step, log, origin = 0, out / "log.jsonl", provenance(corpus)
+
     def batch_of(step):
         batch = own(random_windows(corpus.train, WORLD * b, T, args["seed"], step))
         if args["init_state"] == "tbtt":
@@ -403,7 +406,7 @@ def main(argv: list[str] | None = None) -> int | None:
         batch = batch.to(device)
         return batch[:, :-1], batch[:, 1:]
 
-    def take(state, rows):
+    def rows_of(state, rows):
         return state and [[t if t is None else t[rows] for t in layer] for layer in state]
 
     def train_step(step):
@@ -417,7 +420,7 @@ def main(argv: list[str] | None = None) -> int | None:
             rows, last = slice(first, first + size), first + size == b
             with contextlib.nullcontext() if last or WORLD == 1 else net.no_sync():  # gradients are exchanged once
                 with autocast:
-                    _, loss, state = net(idx[rows], targets[rows], take(start, rows))
+                    _, loss, state = net(idx[rows], targets[rows], rows_of(start, rows))
                 (loss / args["grad_accum"]).backward()
             mean_loss += loss.detach() / args["grad_accum"]
             states.append([[t.detach() for t in layer] for layer in state])
@@ -443,24 +446,23 @@ def main(argv: list[str] | None = None) -> int | None:
         write_whole(folder / "ckpt.pt", lambda file: torch.save(content, file))
 
     # Where to begin: at the checkpoint's step, or at 0, with statistics for `fitted`.
-    step, log, origin = 0, out / "log.jsonl", provenance(corpus)
     if resuming:
         step = checkpoint["step"]
         optimizer.load_state_dict(checkpoint["optimizer"])
     elif args["init_state"] == "fitted":
         for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
             fit(args["steps"] + i, 1 / (i + 1))  # batches that training will not use; the plain mean of all
-    if args["compile"] == "on":  # before anything is written: what was compiled is in the checkpoint
+    if args["compile"] == "on":  # before the first checkpoint, whose args say whether it worked
         start = time.perf_counter()
         for block in model.backbone.layers:  # the blocks only: with the embedding, two threads gave two results
             block.compile(dynamic=False)
         try:
             rows = slice(b // args["grad_accum"])
             with autocast:
-                model(*(ids[rows] for ids in batch_of(step)), take(init.draw(model, b, step), rows))[1].backward()
+                model(*(ids[rows] for ids in batch_of(step)), rows_of(init.draw(model, b, step), rows))[1].backward()
             print(f"compiled  in {time.perf_counter() - start:.0f} s")
         except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
-            eager()
+            eager()  # no "with": from here on nothing is compiled
             args["compile"] = "off"
             print(f"compiled  not: on a CPU that needs a C++ compiler ({type(error).__name__}). Going on without")
     if benching:
@@ -532,15 +534,16 @@ def main(argv: list[str] | None = None) -> int | None:
         print(f"stopped after step {step}, saved. Go on with: python train.py --out={out} --resume")
         return 128 + (stopped_by or [signal.SIGTERM])[0]
     separator = torch.tensor([[corpus.tokenizer.encode_single_token(SEPARATOR)]], device=device)
-    sample = model.eval().generate(separator, 256, generator=torch.Generator(device).manual_seed(args["seed"]))
+    with eager():
+        sample = model.eval().generate(separator, 256, generator=torch.Generator(device).manual_seed(args["seed"]))
     print(f"\na sample of 256 tokens:\n\n{corpus.tokenizer.decode(sample[0].tolist())}\n")
     print(f"held-out perplexity {math.exp(row['val_loss']):.2f} in windows of {T} tokens, "
-          f"{math.exp(row['carried_loss']):.2f} with the state carried over {32 * T} to {64 * T} tokens")  # fmt: skip
+          f"{math.exp(row['carried_loss']):.2f} with the state carried on, up to {64 * T} tokens")  # fmt: skip
     print(f"how it fares further on: python eval_long.py {out}")
 
 
 def eager():
-    """A context in which nothing runs compiled: for what comes in other shapes than training, and would be compiled anew."""
+    """A context in which nothing runs compiled: for other shapes than training's, which would be compiled anew."""
     return torch.compiler.set_stance("force_eager")
 
 
