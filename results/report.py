@@ -28,11 +28,10 @@ LABELS = {"base": "base", "zero": "zero (control)", "plain": "zero, rates_lr 1",
 WHEN = {"training length T": ("T=16", "steps=500", "T=64", "T=128"),
         "range of A": ("steps=500", "A=0.1", "A=1", "A=official"),
         "state size n": ("n=16", "n=64", "steps=500"),
-        "training tokens": ("steps=500", "steps=1000", "base", "steps=4000")}  # fmt: skip
+        "training tokens": ("steps=500", "steps=1000", "base")}  # fmt: skip
 WHEN_LABELS = {("training length T", "steps=500"): "T=32", ("range of A", "steps=500"): "0.01 to 16",
                ("state size n", "steps=500"): "n=128", "A=0.1": "0.1 to 16", "A=1": "1 to 16, logarithmic",
-               "A=official": "1 to 16, uniform (official)", "steps=500": "2M", "steps=1000": "4.1M", "base": "8.2M",
-               "steps=4000": "16.4M"}  # fmt: skip
+               "A=official": "1 to 16, uniform (official)", "steps=500": "2M", "steps=1000": "4.1M", "base": "8.2M"}  # fmt: skip
 DEPENDS = {"zero": "zero (control)", "prev": "prev", "init_prob=0.5": "prev, init_prob 0.5", "init_prob=1": "prev, init_prob 1",
            "rates_lr=1": "prev, rates_lr 1", "noise_std=0.01": "noise, std 0.01", "noise_std=0.03": "noise, std 0.03",
            "noise": "noise, std 0.1", "noise_std=0.3": "noise, std 0.3"}  # fmt: skip

@@ -100,7 +100,7 @@ done | in_parallel
             echo "train A=$low --A_init_range $low 16 --steps=500"
         done
         echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=500"
-        for steps in 500 1000 4000; do
+        for steps in 500 1000; do
             echo "train steps=$steps --steps=$steps"
         done
         for state in zero prev; do # 5. strict generalization
