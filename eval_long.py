@@ -34,17 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (
-    TASKS,
-    Corpus,
-    check_can_write,
-    load_corpus,
-    load_tokenizer,
-    make_sample,
-    passkey_text,
-    tokenizer_json,
-    write_whole,
-)
+from data import (TASKS, Corpus, check_can_write, load_corpus, load_tokenizer, make_sample, passkey_text,
+                  tokenizer_json, write_whole)  # fmt: skip
 from model import RANK, WORLD, Mamba2LM, all_rows, choose_device, load_run, mean_over_processes
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.

@@ -41,32 +41,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (
-    SEPARATOR,
-    Corpus,
-    check_can_write,
-    hash_of,
-    load_corpus,
-    load_tokenizer,
-    next_windows,
-    random_windows,
-    tokenizer_json,
-    write_whole,
-)
-from model import (
-    LOGITS_AT_ONCE,
-    RANK,
-    WORLD,
-    Mamba2Config,
-    Mamba2LM,
-    State,
-    all_rows,
-    any_process,
-    choose_device,
-    load_run,
-    mean_over_processes,
-    own,
-)
+from data import (SEPARATOR, Corpus, check_can_write, hash_of, load_corpus, load_tokenizer, next_windows,
+                  random_windows, tokenizer_json, write_whole)  # fmt: skip
+from model import (LOGITS_AT_ONCE, RANK, WORLD, Mamba2Config, Mamba2LM, State, all_rows, any_process, choose_device,
+                   load_run, mean_over_processes, own)  # fmt: skip
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 

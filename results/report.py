@@ -254,7 +254,9 @@ def tables(rows):
 def figures(rows):
     """{name: (pictures, measure)} of all there is."""
     results, remembrance = over_seeds(rows, "perplexity"), over_seeds(rows, "remembrance")
-    repair = panels("perplexity", pick(results, {kind: LABELS[kind] for kind in LABELS if kind not in ("plain", "long", "dt")}))
+    repair = panels(
+        "perplexity", pick(results, {kind: LABELS[kind] for kind in LABELS if kind not in ("plain", "long", "dt")})
+    )
     found = {"repair": (repair[:2], "perplexity")}
     if remembrance:
         found["heads"] = (head_pictures(rows), "perplexity")
