@@ -1235,11 +1235,11 @@ def test_numbers_in_the_readmes_were_measured(capsys):
     assert all(line.rstrip() in README for line in capsys.readouterr().out.splitlines()[1:-3])
     lines = (ROOT / "results/speed.txt").read_text().splitlines()
     rows = [json.loads(line) for line in lines if line.startswith('{"preset"')]
-    assert len(rows) == 4
+    assert len(rows) == 8
     for row in rows:
         how, (least, most) = {"off": "eager", "on": "`--compile=on`"}[row["compile"]], row["floor_ratio_range"]
-        assert (f"| {row['preset']} | {how} | {row['ms']['step']:.0f} | {row['tokens_per_s']:,} | {row['floor_ratio']:.1f} "
-                f"({least:.1f} - {most:.1f}) |") in README  # fmt: skip
+        cells = f"{row['tokens_per_s']:,} | {row['floor_ratio']:.1f} ({least:.1f} - {most:.1f}) |"
+        assert re.search(rf"\| {row['preset']} \| {re.escape(how)} .*{re.escape(cells)}", README), cells
     most = Counter()  # (kernel, target, column): the larger of forward and backward
     for line in (ROOT / "results/kernel_compile.txt").read_text().splitlines():
         if line.startswith("small       bf16"):

@@ -66,6 +66,11 @@ def over_seeds(rows, measure):
     return merged
 
 
+def of_seed_0(rows):
+    """To compare with runs that there is one of: the same base, batches and noise."""
+    return [row for row in rows if not re.search("-[1-9]$", row["run"])]
+
+
 def pick(results, labels):
     return {label: results[kind] for kind, label in labels.items() if kind in results}
 
@@ -246,7 +251,8 @@ def tables(rows):
             "starts": start_table(pick(starts, LABELS)),
         }
     if "steps=500" in results:
-        found |= {"depends": excess_table(pick(results, DEPENDS)), "when": when_table(results), "tasks": recall_table(tasks),
+        first = over_seeds(of_seed_0(rows), "perplexity")
+        found |= {"depends": excess_table(pick(first, DEPENDS)), "when": when_table(first), "tasks": recall_table(tasks),
                   "scratch": excess_table(pick(results, SCRATCH))}  # fmt: skip
     return found
 
@@ -264,8 +270,9 @@ def figures(rows):
         found["remembrance"] = (panels("remembrance", pick(remembrance, LABELS)), "remembrance")
         found["init_state"] = (panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
     if "steps=500" in results:
-        found["depends"] = (panels("perplexity", pick(results, DEPENDS))[1:2], "perplexity")
-        found["when"] = (when_pictures(results), "perplexity")
+        first = over_seeds(of_seed_0(rows), "perplexity")
+        found["depends"] = (panels("perplexity", pick(first, DEPENDS))[1:2], "perplexity")
+        found["when"] = (when_pictures(first), "perplexity")
         found["scratch"] = (panels("perplexity", pick(results, SCRATCH))[:2], "perplexity")
         tasks = over_seeds(rows, "recall")
         for task in ("copy", "passkey"):
@@ -276,7 +283,7 @@ def figures(rows):
 def export(run):
     """The base run without its optimizer."""
     checkpoint = load_run(run)[1]
-    weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "init_state")}
+    weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "init_state", "file")}
     write_whole(RESULTS / "base" / "ckpt.pt", lambda file: torch.save(weights, file))
     for name in ("tokenizer.json", "args.json"):
         content = (Path(run) / name).read_bytes()

@@ -32,10 +32,10 @@ evaluate() { # evaluate NAME: all that is asked about this kind of run
         measure "$1" --measure=recall --max_len=256 ;;
     passkey-*)
         measure "$1" --measure=recall ;;
-    base-* | zero-* | plain-* | noise-* | fitted-* | prev-* | tbtt-* | long-* | scratch-*)
-        measure "$1" --max_len=$length --sequences=8 ;;
-    *)
+    T=* | n=* | A=* | steps=*)
         measure "$1" --max_len=32768 --sequences=8 ;;
+    *)
+        measure "$1" --max_len=$length --sequences=8 ;;
     esac
     [ $folder = out/quick ] && return
     case $1 in base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-*)

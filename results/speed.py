@@ -145,14 +145,14 @@ def report(speeds, overs, unders):
 
 def bench(model, args, train_step, optimizer, autocast):
     """train.py --bench: times its training step, the parts of one (forward and backward, not compiled), and its floor: the
-    matrix products alone, in bfloat16."""
+    matrix products alone, in the dtype of the run: bfloat16 where that is fast."""
     config, b, T, device = model.config, args["batch_size"], args["seq_len"], model.lm_head.weight.device
     block, d, inner, L = model.backbone.layers[0], config.d_model, config.d_inner, config.n_layer
     h, p, g, n, c = config.nheads, config.headdim, config.ngroups, config.d_state, min(config.chunk, T)
-    bf16, dtype = torch.autocast(device.type, torch.bfloat16), getattr(torch, args["dtype"])
+    dtype = getattr(torch, args["dtype"])
     A = -torch.exp(block.mixer.A_log.detach())
 
-    def part(times, function, *shapes, autocast=autocast):
+    def part(times, function, *shapes):
         inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
         with autocast:
             gradients = [torch.randn_like(out) for out in function(*inputs)]
@@ -177,7 +177,7 @@ def bench(model, args, train_step, optimizer, autocast):
         (b * g * T // c, c, n, h // g * p),  # C S
     ] * L
     products.append((1, b * T, d, config.vocab_size))  # lm_head
-    floor = [part(1, lambda x, y: [x @ y], (k, i, j), (k, j, l), autocast=bf16) for k, i, j, l in products]
+    floor = [part(1, lambda x, y: [x @ y], (k, i, j), (k, j, l)) for k, i, j, l in products]
     runs = {
         "step": lambda: train_step(0),
         "floor": lambda: [run() for run in floor],
