@@ -283,7 +283,7 @@ def draw(path: Path, pictures: list[tuple], x_label: str, lengths) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    columns = min(3, len(pictures))
+    columns = 2 if len(pictures) == 4 else min(3, len(pictures))
     rows = -(-len(pictures) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(max(5, 4.2 * columns), 3.6 * rows), layout="constrained",
                                    squeeze=False, sharey=len({label for _, label, _ in pictures}) == 1)  # fmt: skip
@@ -303,13 +303,11 @@ def draw(path: Path, pictures: list[tuple], x_label: str, lengths) -> None:
             axis.axvline(T, color="gray", linestyle=":", linewidth=1)
             axis.annotate(f"T = {T}", (T, 1), (2, -10), xycoords=("data", "axes fraction"), textcoords="offset points",
                           color="gray", fontsize=8)  # fmt: skip
-        if label == "perplexity":
+        if label == "perplexity" or label.startswith("standard deviation"):
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
-        elif label.startswith("standard deviation"):
-            axis.set_yscale("log")
         axis.set(title=title, xlabel=x_label, ylabel=label)
         axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
         axis.tick_params(labelsize=8)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that results/README.md shows, from the first base model to the last figure.
 #
-#     bash results/reproduce.sh             three seeds; about two hours on two CPU cores
-#     bash results/reproduce.sh --quick     failure and repair only: one seed, a shorter base, shorter texts
+#     bash results/reproduce.sh             three seeds; two to three hours on two CPU cores
+#     bash results/reproduce.sh --quick     failure and repair only: one seed, a shorter base, shorter texts; 8 minutes
 #     JOBS=8 bash results/reproduce.sh      so many runs at once, of one thread each [as many as the machine has cores]
 #
 # Stop it whenever you like: the next call goes on. Runs are in out/reproduce, what they gave in results/results.jsonl.
@@ -66,31 +66,24 @@ export folder length
 export -f train measure evaluate job
 mkdir -p "$folder"
 
-for seed in $seeds; do
-    echo "train base-$seed --steps=$base --seed=$seed"
-done | in_parallel
-
 {
-    for seed in $seeds; do # 1. failure and repair
-        for state in zero noise fitted prev tbtt; do
-            echo "train $state-$seed --init_from=$folder/base-$seed --init_state=$state --steps=$post --seed=$seed"
-        done
+    for seed in $seeds; do
+        echo "train base-$seed --steps=$base --seed=$seed"
     done
     [ "$folder" = out/quick ] || {
-        for std in 0.01 0.03 0.3; do
-            echo "train noise_std=$std --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
-        done
-        for flag in init_prob=0.5 init_prob=1 rates_lr=1; do # what the repair depends on
-            echo "train $flag --init_from=$folder/base-0 --init_state=prev --$flag"
-        done
-        for seed in $seeds; do
-            echo "train plain-$seed --init_from=$folder/base-$seed --rates_lr=1 --steps=$post --seed=$seed"
-            echo "train long-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed"
-            for state in prev tbtt; do # 6. from scratch, as many tokens as base and post-training together
+        for seed in $seeds; do # 6. from scratch, as many tokens as base and post-training together
+            for state in prev tbtt; do
                 echo "train scratch-$state-$seed --init_state=$state --steps=$((base + post)) --seed=$seed"
             done
+            echo "train long-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed" # for 1.
         done
-        for T in 16 64 128; do # 2. when does a model fail: one factor at a time, changed in steps=500
+        for state in zero prev; do # 5. strict generalization
+            echo "train copy-$state --init_state=$state --dataset=copy --tokenizer=byte --steps=1500"
+        done
+        for steps in 1000 500; do # 2. when does a model fail: one factor at a time, changed in steps=500
+            echo "train steps=$steps --steps=$steps"
+        done
+        for T in 16 64 128; do
             echo "train T=$T --seq_len=$T --batch_size=$((4096 / T)) --steps=500"
         done
         for n in 16 64; do
@@ -100,13 +93,26 @@ done | in_parallel
             echo "train A=$low --A_init_range $low 16 --steps=500"
         done
         echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=500"
-        for steps in 500 1000; do
-            echo "train steps=$steps --steps=$steps"
+    }
+} | in_parallel
+
+{
+    for seed in $seeds; do # 1. failure and repair
+        for state in zero noise fitted prev tbtt; do
+            echo "train $state-$seed --init_from=$folder/base-$seed --init_state=$state --steps=$post --seed=$seed"
         done
-        for state in zero prev; do # 5. strict generalization
-            echo "train copy-$state --init_state=$state --dataset=copy --tokenizer=byte --steps=1500"
+    done
+    [ "$folder" = out/quick ] || {
+        for seed in $seeds; do
+            echo "train plain-$seed --init_from=$folder/base-$seed --rates_lr=1 --steps=$post --seed=$seed"
         done
-        for state in zero fitted prev; do
+        for std in 0.01 0.03 0.3; do
+            echo "train noise_std=$std --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
+        done
+        for flag in init_prob=0.5 init_prob=1 rates_lr=1; do # what the repair depends on
+            echo "train $flag --init_from=$folder/base-0 --init_state=prev --$flag"
+        done
+        for state in zero fitted prev; do # 5.
             echo "train passkey-$state --init_from=$folder/base-0 --init_state=$state --dataset=passkey"
         done
     }
