@@ -110,7 +110,7 @@ def our_trainers(preset):
     models = {"ours, eager": make_ours(preset), "ours, compiled": make_ours(preset)}
     steps = {name: trainer(model, preset, DTYPE) for name, model in models.items()}
     for block in models["ours, compiled"].backbone.layers:
-        block.compile(dynamic=False)
+        block.compile(**train.compile_options(torch.device("cpu")))
     try:
         steps["ours, compiled"]()
     except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
