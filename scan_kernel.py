@@ -241,7 +241,7 @@ def _where_am_i(l, chunks, HEADS: tl.constexpr, TILES: tl.constexpr, Q: tl.const
 def walk_kernel(x_ptr, dt_ptr, A_ptr, B_ptr, states_ptr, first_ptr, last_ptr, l, chunks, stride_x, stride_B,
         REVERSE: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr,
         Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    tile, head, batch, _, _ = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)  # one "chunk": the batch row
+    tile, head, batch, rows, inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)  # one "chunk": the batch row
     cols_x = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
     cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
     offs_state = cols_x[:, None] * N_ALL + cols_n[None, :]  # [P, N]
