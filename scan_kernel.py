@@ -508,7 +508,7 @@ if __name__ == "__main__":  # every backend that this machine can run, against t
         for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
             inputs, results = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S], []
             for scan, kwargs in ((ssd_loop, {}), (ssd, {"backend": backend})):
-                tensors = [(t if kwargs else t.double()).detach().requires_grad_() for t in inputs]
+                tensors = [(t if kwargs else t.double()).detach().requires_grad_() for t in inputs]  # ssd_loop: float64
                 out = scan(*tensors, **kwargs)
                 results.append((*out, *torch.autograd.grad(out, tensors, [torch.ones_like(t) for t in out])))
             errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*results)]
