@@ -183,10 +183,8 @@ def split_documents(documents: dict[str, str]) -> tuple[list[str], list[str]]:
 # Tasks with one right answer, for models that have to remember it. A corpus is so many samples, each a document.
 
 SAMPLES = 200_000
-TASKS = {
-    "copy": (3, 15),
-    "passkey": (0, 40),
-}  # the least and the greatest size to train on: T = 32 holds it, in bytes (copy) or bpe1024
+# The least and the greatest size to train on: T = 32 holds it, in bytes (copy) or bpe1024 (passkey).
+TASKS = {"copy": (3, 15), "passkey": (0, 40)}
 
 
 def make_sample(task: str, size: int, random, text: str = "", depth: float | None = None) -> tuple[str, str]:
@@ -309,6 +307,17 @@ def load_tokenizer(folder: str | Path, expected: str | None = None):
                                  special_tokens=fields["special"])  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the tokenizer it should be ({type(error).__name__}: {error})") from None
+
+
+def tokenizer_of(checkpoint: dict):
+    """The tokenizer beside a checkpoint that model.load_run read. ValueError if its ids are not those of that model."""
+    tokenizer = load_tokenizer(Path(checkpoint["file"]).parent, checkpoint.get("tokenizer_hash"))
+    known = checkpoint["config"]["vocab_size"]
+    if tokenizer.n_vocab > known:
+        raise ValueError(
+            f"{checkpoint['file']}: a tokenizer of {tokenizer.n_vocab} ids is not this model's, which has {known}"
+        )
+    return tokenizer
 
 
 # ----------------------------------------------------------------------------------------------------------------------

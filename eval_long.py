@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (TASKS, Corpus, check_can_write, load_corpus, load_tokenizer, make_sample, passkey_text,
-                  tokenizer_json, write_whole)  # fmt: skip
+from data import (TASKS, Corpus, check_can_write, load_corpus, make_sample, passkey_text, tokenizer_json,
+                  tokenizer_of, write_whole)  # fmt: skip
 from model import RANK, WORLD, Mamba2LM, all_rows, choose_device, load_run, mean_over_processes
 
 # Tokens of a forward pass, over all sequences: what fits a cache is faster, and memory does not grow with length.
@@ -344,11 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         check_can_write(args.out)
         device = choose_device(args.device)
         runs = {run: load_run(run, device) for run in args.runs}
-        tokenizers = {run: load_tokenizer(Path(checkpoint["file"]).parent, checkpoint.get("tokenizer_hash"))
-                      for run, (_, checkpoint) in runs.items()}  # fmt: skip
-        for run, (model, _) in runs.items():
-            if tokenizers[run].n_vocab > model.config.vocab_size:
-                raise ValueError(f"{run}: its tokenizer has more ids than its model, {tokenizers[run].n_vocab}")
+        tokenizers = {run: tokenizer_of(checkpoint) for run, (_, checkpoint) in runs.items()}
         if len({tokenizer_json(tokenizer) for tokenizer in tokenizers.values()}) > 1:
             raise ValueError("these runs have different tokenizers, so their losses per token do not compare")
         datasets = {checkpoint["args"]["dataset"] for _, checkpoint in runs.values()}

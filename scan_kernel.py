@@ -104,7 +104,7 @@ def _decays_and_scores(dt, A, B, C):
 
 
 def _exp(exponent, like):
-    """Decays in the dtype of `like`, with one more dimension: for all p of a head (or n, where p is the last but one)."""
+    """Decays in the dtype of `like`, with one more dimension, to multiply (..., p) by; given (..., 1), (..., p, n)."""
     return torch.exp(exponent.clamp(max=0))[..., None].to(like.dtype)
 
 

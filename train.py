@@ -41,8 +41,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (SEPARATOR, Corpus, check_can_write, hash_of, load_corpus, load_tokenizer, next_windows,
-                  random_windows, tokenizer_json, write_whole)  # fmt: skip
+from data import (SEPARATOR, Corpus, check_can_write, hash_of, load_corpus, next_windows, random_windows,
+                  tokenizer_json, tokenizer_of, write_whole)  # fmt: skip
 from model import (LOGITS_AT_ONCE, RANK, WORLD, Mamba2Config, Mamba2LM, State, all_rows, any_process, choose_device,
                    load_run, mean_over_processes, own)  # fmt: skip
 
@@ -330,15 +330,10 @@ def main(argv: list[str] | None = None) -> int | None:
             args["dtype"] = choose_dtype(device)
         if args["compile"] == "auto":
             args["compile"] = "on" if device.type == "cuda" or args["steps"] >= COMPILE_FROM else "off"
-        run = Path(checkpoint["file"]).parent if checkpoint else None
-        tokenizer = load_tokenizer(run, checkpoint.get("tokenizer_hash")) if run else args["tokenizer"]
-        corpus = load_corpus(args["dataset"], tokenizer)
+        corpus = load_corpus(args["dataset"], tokenizer_of(checkpoint) if checkpoint else args["tokenizer"])
         if resuming and corpus.hash != checkpoint["corpus_hash"]:
             raise ValueError(f"{out} was trained on corpus {checkpoint['corpus_hash']}, which is not here any more")
         b, T = args["batch_size"], args["seq_len"]
-        if model is not None and corpus.tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f"{run}: a tokenizer of {corpus.tokenizer.n_vocab} ids is not this model's, which has "
-                             f"{model.config.vocab_size}")  # fmt: skip
         if len(corpus.train) < 2 * T or len(corpus.val) < 2 * T:
             raise ValueError(f"--dataset={args['dataset']} holds less than two windows of {T} tokens in a part of it")
         shape = {name: args[name] for name in MODEL_FLAGS}

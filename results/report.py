@@ -23,8 +23,8 @@ from model import load_run
 RESULTS = ROOT / "results"
 PLACE = ("seq_len", "to", "N", "context", "start", "depth")  # what tells the rows of a run and measure apart
 NUMBERS = ("nll", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
-LABELS = {"base": "base", "zero": "zero (control)", "plain": "zero, rates_lr 1", "noise": "noise", "fitted": "fitted", "prev": "prev", "tbtt": "tbtt",
-          "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
+LABELS = {"base": "base", "zero": "zero (control)", "plain": "zero, rates_lr 1", "noise": "noise", "fitted": "fitted",
+          "prev": "prev", "tbtt": "tbtt", "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
 WHEN = {"training length T": ("T=16", "steps=500", "T=64", "T=128"),
         "range of A": ("steps=500", "A=0.1", "A=1", "A=official"),
         "state size n": ("n=16", "n=64", "steps=500"),
