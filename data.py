@@ -10,20 +10,21 @@ A corpus is a list of documents. A fifth of them is held out for evaluation; the
 Both parts are encoded once, each document followed by a separator, and kept as one flat array of ids on disk:
 
     data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json        but for a run's own
-    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.bin, ...-val.bin
+    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train-<hash of the file>.npy, ...-val-...
 
-so that text or a tokenizer that changed can never meet tokens of an older one. train.py does all this on first use.
+so that text or a tokenizer that changed can never meet tokens of an older one, and damage is noticed. train.py does all
+this on first use.
 """
 
 import argparse
 import base64
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
-import struct
 import sysconfig
 import urllib.request
 import zipfile
@@ -55,25 +56,23 @@ class Corpus(NamedTuple):
     bytes_per_token: float  # nats/token / ln 2 / bytes_per_token = bits/byte
 
 
-def write_whole(path: str | Path, write: Callable) -> None:
-    """Calls write(file) on a temporary file, then renames it to `path`: whoever looks finds the old file or the whole
-    new one, whatever interrupts, and two processes may write the same file at once."""
+def write_whole(path: str | Path, content: bytes | Callable) -> None:
+    """Writes bytes, or what content(file) writes, to a temporary file, then renames it to `path`: whoever looks finds the
+    old file or the whole new one, whatever interrupts, and two processes may write the same file at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}); it is as it was before") from None
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch.save makes a RuntimeError of a full disk
-            raise OSError(
-                f"{path} could not be written ({str(error).splitlines()[0]}); it is as it was before"
-            ) from None
-        raise
 
 
 def check_can_write(folder: str | Path) -> None:
@@ -83,16 +82,16 @@ def check_can_write(folder: str | Path) -> None:
         raise ValueError(f"{folder} cannot be written to: {there} is no folder to write in. Choose another --out")
 
 
-def hash_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def hash_of(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Documents
 
 
-def read_text(path):
-    return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+def decode(content):
+    return content.decode("utf-8").replace("\r\n", "\n")
 
 
 def read_files(root, pattern="*"):
@@ -102,45 +101,43 @@ def read_files(root, pattern="*"):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not {"site-packages", "dist-packages"} & set(name.split("/")):
             with suppress(UnicodeDecodeError, PermissionError):  # a picture, a test of another encoding, ...
-                documents[name] = read_text(path)
+                documents[name] = decode(path.read_bytes())
     return documents
 
 
-def download(url: str) -> Path:
-    """-> the path of a file from the internet: what is in it, if it is a .gz or .zip. Kept in data/downloads."""
-    name = url.rstrip("/").rpartition("/")[2]
-    path = Path("data/downloads") / f"{hash_of(url)}-{name}"
-    unpacked = path.with_suffix("") if path.suffix in (".gz", ".zip") else path
+def download(url, file):
+    with urllib.request.urlopen(url, timeout=30) as response:
+        length = int(response.headers.get("Content-Length", 0))
+        with tqdm.wrapattr(response, "read", total=length, desc=url, disable=None) as reader:
+            shutil.copyfileobj(reader, file)
+    if file.tell() < length:
+        raise OSError(f"it broke off after {file.tell():,} of {length:,} bytes")
 
-    def fetch(file):
-        with urllib.request.urlopen(url, timeout=30) as response:
-            length = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=length, desc=url, unit="B", unit_scale=True, disable=None) as bar:
-                while block := response.read(2**16):
-                    bar.update(file.write(block))
-                if bar.total and file.tell() < length:
-                    raise OSError(f"it broke off after {file.tell():,} of {length:,} bytes")
 
-    try:
-        if not path.exists():
-            write_whole(path, fetch)
-        if path.suffix == ".gz" and not unpacked.exists():
-            with gzip.open(path) as packed:
-                write_whole(unpacked, lambda file: shutil.copyfileobj(packed, file))
-        elif path.suffix == ".zip" and not unpacked.exists():
-            with zipfile.ZipFile(path) as archive:
-                largest = max(archive.infolist(), key=lambda member: member.file_size)
-                write_whole(unpacked, lambda file: shutil.copyfileobj(archive.open(largest), file))
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, HTTPException) as error:
-        path.unlink(missing_ok=True)
-        raise ValueError(f"--dataset={url} cannot be had ({error}): the default, python, needs no internet") from None
-    return unpacked
+def read_file(path):
+    """The text of a file, or of what is in it if it is a .gz or .zip."""
+    if path.suffix == ".gz":
+        return decode(gzip.decompress(path.read_bytes()))
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            return decode(archive.read(max(archive.infolist(), key=lambda member: member.file_size)))
+    return decode(path.read_bytes())
 
 
 def read_documents(dataset: str) -> dict[str, str]:
-    """{name: text} of a dataset: "python", a task, the path of a text file or of a folder, or an address of a file."""
+    """{name: text} of a dataset: "python", a task, the path of a text file or of a folder, or the address of a file, which
+    is then kept in data/downloads."""
     if dataset.startswith(("http://", "https://")):
-        return read_documents(str(download(dataset)))
+        path = Path("data/downloads") / f"{hash_of(dataset)}-{dataset.rstrip('/').rpartition('/')[2]}"
+        try:
+            if not path.exists():
+                write_whole(path, lambda file: download(dataset, file))
+            return read_documents(str(path))
+        except (OSError, ValueError, HTTPException) as error:
+            path.unlink(missing_ok=True)
+            raise ValueError(
+                f"--dataset={dataset} cannot be had ({error}): the default, python, needs no internet"
+            ) from None
     path = Path(dataset)
     if dataset in TASKS:
         random, text = np.random.default_rng(0), passkey_text(0) if dataset == "passkey" else ""
@@ -157,8 +154,8 @@ def read_documents(dataset: str) -> dict[str, str]:
         documents = read_files(path)
     elif path.is_file():
         try:
-            documents = {path.name: read_text(path)}
-        except UnicodeDecodeError as error:
+            documents = {path.name: read_file(path)}
+        except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
             raise ValueError(f"--dataset={dataset} is not UTF-8 text: {error}") from None
     else:
         raise ValueError(f"--dataset={dataset}: no such file or folder (the default, python, needs none)")
@@ -321,38 +318,25 @@ def tokenizer_of(checkpoint: dict):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens on disk: a header, then the ids. Header: magic, version, vocabulary size, ids, bytes of text, the hash of
-# corpus and tokenizer, the hash of the ids.
-
-HEADER = struct.Struct("<8sIIQQ32s32s")
-MAGIC, VERSION = b"rnntoken", 1
+# Tokens on disk
 
 
-def write_tokens(path, tokenizer, texts, key):
-    separator = tokenizer.encode_single_token(SEPARATOR)
-    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    arrays = []
-    for i in tqdm(range(0, len(texts), 64), "encoding", unit=" x 64 texts", disable=None):
-        for ids in tokenizer.encode_ordinary_batch(texts[i : i + 64]):
-            arrays.append(np.array([*ids, separator], dtype=dtype))
-    ids = np.concatenate(arrays)
-    header = HEADER.pack(MAGIC, VERSION, tokenizer.n_vocab, len(ids), sum(len(text.encode()) for text in texts), key,
-                         hashlib.sha256(ids.data).digest())  # fmt: skip
-    write_whole(path, lambda file: (file.write(header), file.write(ids.data)))
-
-
-def read_tokens(path, tokenizer, key):
-    """-> (ids, memory-mapped; bytes of text). ValueError if the file is not, to the last bit, what was written."""
-    with open(path, "rb") as file:
-        header = file.read(HEADER.size).ljust(HEADER.size, b"\0")
-    magic, version, vocab_size, count, text_bytes, found_key, digest = HEADER.unpack(header)
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    ours = (magic, version, vocab_size, found_key) == (MAGIC, VERSION, tokenizer.n_vocab, key)
-    if ours and path.stat().st_size == HEADER.size + count * dtype.itemsize:
-        ids = np.memmap(path, dtype, mode="r", offset=HEADER.size)
-        if hashlib.sha256(ids.data).digest() == digest:
-            return ids, text_bytes
-    raise ValueError(f"{path} is damaged: delete it, it will be made again")
+def load_tokens(folder, name, tokenizer, texts):
+    """The ids of the texts, each text followed by a separator, memory-mapped: written to folder/<name>-<hash>.npy if they
+    are not there. ValueError if the file is not, to the last bit, what was written."""
+    path = next(folder.glob(f"{name}-*.npy"), None)
+    if path is None:
+        separator, arrays, content = tokenizer.encode_single_token(SEPARATOR), [], io.BytesIO()
+        dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+        for i in tqdm(range(0, len(texts), 64), "encoding", unit=" x 64 texts", disable=None):
+            for ids in tokenizer.encode_ordinary_batch(texts[i : i + 64]):
+                arrays.append(np.array([*ids, separator], dtype=dtype))
+        np.save(content, np.concatenate(arrays))
+        path = folder / f"{name}-{hash_of(content.getbuffer())}.npy"
+        write_whole(path, content.getbuffer())
+    if hash_of(path.read_bytes()) != path.stem.rpartition("-")[2]:
+        raise ValueError(f"{path} is damaged: delete it, it will be made again")
+    return np.load(path, mmap_mode="r")
 
 
 def load_corpus(dataset: str = "python", tokenizer="bpe1024", folder: str = "data") -> Corpus:
@@ -364,24 +348,16 @@ def load_corpus(dataset: str = "python", tokenizer="bpe1024", folder: str = "dat
     corpus_hash = hash_of(json.dumps(texts))
     folder = Path(folder) / f"{'python' if dataset == 'python' else Path(dataset).resolve().name}-{corpus_hash}"
     if isinstance(tokenizer, str):
-        names = [path.stem.rpartition("-") for path in folder.glob("*.json")]
-        known = next((tokenizer_hash for spec, _, tokenizer_hash in names if spec == tokenizer), None)
-        if known:
-            tokenizer = load_tokenizer(folder / f"{tokenizer}-{known}.json", known)
+        known = {path.stem.rpartition("-")[0]: path for path in folder.glob("*.json")}
+        if tokenizer in known:
+            tokenizer = load_tokenizer(known[tokenizer], known[tokenizer].stem.rpartition("-")[2])
         else:
             spec, tokenizer = tokenizer, make_tokenizer(tokenizer, texts["train"])
             text = tokenizer_json(tokenizer)
-            write_whole(folder / f"{spec}-{hash_of(text)}.json", lambda file: file.write(text.encode()))
+            write_whole(folder / f"{spec}-{hash_of(text)}.json", text.encode())
     tokenizer_hash = hash_of(tokenizer_json(tokenizer))
-    tokens, text_bytes = {}, 0
-    for part, part_texts in texts.items():
-        path = folder / f"{tokenizer_hash}-{part}.bin"
-        key = hashlib.sha256(f"{corpus_hash} {tokenizer_hash} {part}".encode()).digest()
-        if not path.exists():
-            write_tokens(path, tokenizer, part_texts, key)
-        tokens[part], part_bytes = read_tokens(path, tokenizer, key)
-        text_bytes += part_bytes
-    train, val = tokens["train"], tokens["val"]
+    train, val = (load_tokens(folder, f"{tokenizer_hash}-{part}", tokenizer, texts[part]) for part in texts)
+    text_bytes = sum(len(text.encode()) for part in texts.values() for text in part)
     corpus = Corpus(dataset, corpus_hash, tokenizer, train, val, text_bytes / (len(train) + len(val)))
     print(f"corpus    {dataset} {corpus_hash}: {len(documents):,} files, {text_bytes:,} bytes")
     print(f"tokens    {len(train):,} to train on, {len(val):,} held out, {corpus.bytes_per_token:.2f} bytes/token")

@@ -397,9 +397,8 @@ def main(argv: list[str] | None = None) -> None:
                 parser.exit(2, f"eval_long.py: error: --max_len={length} is too short for this task\n")
             rows = [facts | settings | row for row in rows]
             known += rows
-            text = "".join(json.dumps(row) + "\n" for row in known)
             if RANK == 0:
-                write_whole(path, lambda file, text=text: file.write(text.encode()))
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
         results[run] = rows
     if RANK:
         return

@@ -68,24 +68,23 @@ class Mamba2Config:
 
     def __post_init__(self):
         self.A_init_range = tuple(self.A_init_range)
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} should be at least 1, not {value}")
         self.d_inner = self.expand * self.d_model
         self.nheads = self.d_inner // self.headdim
         self.conv_dim = self.d_inner + 2 * self.ngroups * self.d_state  # x, B and C go through the convolution
-        for name in ("vocab_size", "d_model", "n_layer", "d_state", "headdim", "expand", "d_conv", "ngroups", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} should be at least 1, not {getattr(self, name)}")
-        if self.d_inner % self.headdim:
-            raise ValueError(f"headdim {self.headdim} does not divide expand * d_model = {self.d_inner}")
-        if self.nheads % self.ngroups:
-            raise ValueError(f"ngroups {self.ngroups} does not divide the {self.nheads} heads")
-        if self.chunk & (self.chunk - 1):
-            raise ValueError(f"chunk should be a power of two, not {self.chunk}")
-        if self.A_init not in ("uniform", "log"):
-            raise ValueError(f"A_init should be uniform or log, not {self.A_init}")
-        if len(self.A_init_range) != 2 or not 0 < self.A_init_range[0] <= self.A_init_range[1] < math.inf:
-            raise ValueError(f"A_init_range should be 0 < LO <= HI, not {self.A_init_range}")
-        if not 0 < self.dt_min <= self.dt_max < math.inf:
-            raise ValueError(f"dt_min, dt_max should be 0 < dt_min <= dt_max, not {self.dt_min}, {self.dt_max}")
+        lo, hi = self.A_init_range
+        for holds, rule in (
+            (self.d_inner % self.headdim == 0, f"headdim {self.headdim} divides expand * d_model = {self.d_inner}"),
+            (self.nheads % self.ngroups == 0, f"ngroups {self.ngroups} divides the {self.nheads} heads"),
+            (self.chunk & (self.chunk - 1) == 0, f"chunk {self.chunk} is a power of two"),
+            (self.A_init in ("uniform", "log"), f"A_init {self.A_init} is uniform or log"),
+            (0 < lo <= hi < math.inf, f"A_init_range {lo} {hi} is 0 < LO <= HI"),
+            (0 < self.dt_min <= self.dt_max < math.inf, f"0 < dt_min {self.dt_min} <= dt_max {self.dt_max}"),
+        ):
+            if not holds:
+                raise ValueError(f"the model's sizes should be such that {rule}")
 
 
 class GatedRMSNorm(nn.Module):
@@ -129,8 +128,10 @@ class Mamba2(nn.Module):
     def convolve(self, xBC, conv):
         """xBC (b, l, conv_dim), the d_conv - 1 inputs before it or None -> silu of the causal convolution, last inputs"""
         b, l, _ = xBC.shape
-        if conv is None:
-            conv = xBC.new_zeros(b, self.config.d_conv - 1, self.config.conv_dim)
+        shape = (b, self.config.d_conv - 1, self.config.conv_dim)
+        conv = xBC.new_zeros(shape) if conv is None else conv
+        if conv.shape != shape:
+            raise ValueError(f"the conv part of a state should be of shape {shape}, not {tuple(conv.shape)}")
         padded = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, d_conv - 1 + l, conv_dim)
         out = self.conv1d.bias
         for i in range(self.config.d_conv):  # shifted products: faster on a CPU than its depthwise convolution
@@ -225,29 +226,19 @@ class Mamba2LM(nn.Module):
                 mixer.A_log.copy_(math.log(lo) + math.log(hi / lo) * (torch.arange(h) + torch.rand(h)) / h)
 
     def hidden(self, idx: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """idx (b, l), state or None (= zeros) -> (b, l, d) before the head, state after the last token"""
-        state = self.check_state(idx, state)
+        """idx (b, l), state or None (= zeros) -> (b, l, d) before the head, state after the last token. Either part of a
+        layer's state may be None too. ValueError names what does not fit."""
+        if idx.dim() != 2 or idx.shape[1] < 1:
+            raise ValueError(f"token ids should be of shape (b, l), l >= 1, not {tuple(idx.shape)}")
+        state = [(None, None)] * self.config.n_layer if state is None else state
+        if len(state) != self.config.n_layer:
+            raise ValueError(f"state should hold {self.config.n_layer} layers, not {len(state)}")
         x = self.backbone.embedding(idx)  # (b, l, d), the residual stream, in float32
         new_state = []
         for block, layer_state in zip(self.backbone.layers, state):
             x, layer_state = block(x, layer_state)
             new_state.append(layer_state)
         return self.backbone.norm_f(x), new_state
-
-    def check_state(self, idx, state):
-        """-> the state, None written out as pairs of None. ValueError unless it is a pair (conv, ssm) for each layer, of
-        which either may be None (= zeros)."""
-        if idx.dim() != 2 or idx.shape[1] < 1:
-            raise ValueError(f"token ids should be of shape (b, l), l >= 1, not {tuple(idx.shape)}")
-        if state is None:
-            state = [(None, None)] * self.config.n_layer
-        if len(state) != self.config.n_layer:
-            raise ValueError(f"state should hold {self.config.n_layer} layers, not {len(state)}")
-        shape = (idx.shape[0], self.config.d_conv - 1, self.config.conv_dim)
-        for conv, _ in state:
-            if conv is not None and conv.shape != shape:
-                raise ValueError(f"the conv part of a state should be of shape {shape}, not {tuple(conv.shape)}")
-        return state
 
     def zero_state(self, b: int) -> State:
         """The state before any token, written out: n_layer pairs of zeros."""
@@ -313,33 +304,30 @@ class Mamba2LM(nn.Module):
 
 # Official checkpoints: a folder with config.json and pytorch_model.bin (mamba_ssm), or model.safetensors (transformers).
 OFFICIAL_FILES = ("pytorch_model.bin", "model.safetensors")
-# What their configurations call our fields (mamba_ssm: as we do), the only value that we implement of others, and those
-# that change nothing here.
+# What transformers' configurations call our fields (mamba_ssm: as we do), the only value that we implement of other fields,
+# and those of mamba_ssm that change nothing here.
 TRANSFORMERS = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state", "head_dim": "headdim",
                 "n_groups": "ngroups", "conv_kernel": "d_conv", "expand": "expand", "vocab_size": "vocab_size",
                 "tie_word_embeddings": "tie_embeddings"}  # fmt: skip
-MAMBA_SSM = ("d_model", "n_layer", "d_state", "headdim", "ngroups", "d_conv", "expand", "vocab_size", "tie_embeddings")
 ONLY = {"model_type": "mamba2", "layer": "Mamba2", "d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "d_ssm": None,
         "rms_norm": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "bias": False, "conv_bias": True,
         "dt_limit": [0.0, math.inf], "time_step_limit": [0.0, math.inf], "use_bias": False, "use_conv_bias": True,
         "hidden_act": "silu", "layer_norm_epsilon": 1e-5}  # fmt: skip
 IGNORED = ("A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path",
-              "layer_idx")  # fmt: skip
+           "layer_idx")  # fmt: skip
 
 
 def load_official(file: Path) -> tuple[Mamba2Config, dict]:
     """file: the weights, beside their config.json -> (Mamba2Config, weights by our names). ValueError names what differs
     from the architecture here."""
     infinity = lambda d: float(d["__float__"]) if "__float__" in d else d  # how transformers may write it
-    fields = json.loads(file.with_name("config.json").read_text(), object_hook=infinity)
+    fields, unknown = json.loads(file.with_name("config.json").read_text(), object_hook=infinity), set()
     if "hidden_size" in fields:
-        fields = {"tie_word_embeddings": False} | fields  # transformers' default
-        ours = {name: fields[theirs] for theirs, name in TRANSFORMERS.items() if theirs in fields}
-        unknown = set()
+        fields = {"tie_embeddings": False} | {TRANSFORMERS.get(name, name): value for name, value in fields.items()}
     else:
-        unknown = set(fields.get("ssm_cfg", {})) - {*MAMBA_SSM, *ONLY, *IGNORED}
+        unknown = set(fields.get("ssm_cfg", {})) - {*TRANSFORMERS.values(), *ONLY, *IGNORED}
         fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})  # mamba_ssm's default
-        ours = {name: fields[name] for name in MAMBA_SSM if name in fields}
+    ours = {name: fields[name] for name in TRANSFORMERS.values() if name in fields}
     wrong = unknown | {name for name, value in ONLY.items() if name in fields and fields[name] != value}
     if wrong:
         raise ValueError(", ".join(f"{name}={fields[name]} is not implemented" for name in sorted(wrong)))
@@ -424,11 +412,6 @@ def mean_over_processes(tensor):
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor / WORLD
-
-
-def any_process(flag, device):
-    """Whether it is true in any process: then all of them stop, at the same step."""
-    return bool(flag) if WORLD == 1 else mean_over_processes(torch.tensor(float(bool(flag)), device=device)).item() > 0
 
 
 def choose_device(name: str) -> torch.device:

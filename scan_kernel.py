@@ -24,6 +24,7 @@ Dimensions, the same letters in every file:
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -91,7 +92,6 @@ def ssd_loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state:
 #
 # (The first line: pairs with both ends at t or later appear twice, with opposite signs, and cancel. A shorter formula,
 # a'_t = sum_{q >= t} (y'_q . y_q - u'_q . u_q), does not cancel as well once the products are rounded to bf16.)
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _decays_and_scores(dt, A, B, C):
@@ -181,13 +181,11 @@ class ChunkedSSD(torch.autograd.Function):
 def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tensor | None = None,
                 chunk: int = 64) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked scan in plain torch, on any device. Arguments and results of `ssd`."""
-    g, wide = B.shape[2], torch.promote_types(x.dtype, torch.float32)
-    heads = (g, x.shape[2] // g)
+    heads, wide = (B.shape[2], x.shape[2] // B.shape[2]), torch.promote_types(x.dtype, torch.float32)  # (g, r)
+    x, dt, A = x.unflatten(2, heads), dt.to(wide).unflatten(2, heads), A.to(wide).unflatten(0, heads)
     S = None if init_state is None else init_state.unflatten(1, heads)
     with torch.autocast(x.device.type, enabled=False):  # the products are in x's dtype, decays and states stay wide
-        y, S = ChunkedSSD.apply(
-            x.unflatten(2, heads), dt.to(wide).unflatten(2, heads), A.to(wide).unflatten(0, heads), B, C, S, chunk
-        )
+        y, S = ChunkedSSD.apply(x, dt, A, B, C, S, chunk)
     return y.flatten(2, 3), S.flatten(1, 2)
 
 
@@ -208,7 +206,6 @@ def ssd_chunked(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_sta
 # To a kernel x is a matrix of b l rows and h p columns, B and C have g n columns, a state has h p rows and n columns.
 # Q is a chunk, P and N are tiles of p and n. Rows past the end load as zeros: with dt = 0 they neither decay nor write.
 # Program ids are 64 bits wide before they are multiplied, so no offset wraps around at 2^31 elements.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -485,8 +482,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tens
     check_shape("A", A, h)
     check_shape("B", B, b, l, *B.shape[2:])
     check_shape("C", C, *B.shape)
-    check(x.dtype.is_floating_point and B.dtype == C.dtype == x.dtype, "x, B, C", "of one float dtype",
-          (x.dtype, B.dtype, C.dtype))  # fmt: skip
+    dtypes = x.dtype, B.dtype, C.dtype
+    check(x.dtype.is_floating_point and len({*dtypes}) == 1, "x, B, C", "of one float dtype", dtypes)
     if init_state is not None:
         check_shape("init_state", init_state, b, h, p, B.shape[3])
         check(init_state.dtype == wide, "init_state", wide, init_state.dtype)
@@ -503,15 +500,16 @@ if __name__ == "__main__":  # every backend that this machine can run, against t
     device, worst = "cuda" if torch.cuda.is_available() else "cpu", 0
     shapes = (2, 131, 4, 64), (2, 131, 4), (4,), (2, 131, 2, 128), (2, 131, 2, 128), (2, 4, 64, 128)
     x, dt, A, B, C, S = (torch.randn(shape, device=device) for shape in shapes)
+    dt, A = dt.sigmoid() / 10, -16 * A.sigmoid()
     print("relative errors of     y        final    x'       dt'      A'       B'       C'       init'")
     for backend in ["torch"] + ["triton"] * (why_not_triton(x, B) is None):
         for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
-            inputs, results = [x.to(dtype), dt.sigmoid() / 10, -16 * A.sigmoid(), B.to(dtype), C.to(dtype), S], []
-            for scan, kwargs in ((ssd_loop, {}), (ssd, {"backend": backend})):
-                tensors = [(t if kwargs else t.double()).detach().requires_grad_() for t in inputs]  # ssd_loop: float64
-                out = scan(*tensors, **kwargs)
-                results.append((*out, *torch.autograd.grad(out, tensors, [torch.ones_like(t) for t in out])))
-            errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*results)]
+            rounded, found = [x.to(dtype), dt, A, B.to(dtype), C.to(dtype), S], []
+            for scan, inputs in ((ssd_loop, [t.double() for t in rounded]), (partial(ssd, backend=backend), rounded)):
+                inputs = [t.detach().requires_grad_() for t in inputs]
+                out = scan(*inputs)
+                found.append((*out, *torch.autograd.grad(out, inputs, [torch.ones_like(t) for t in out])))
+            errors = [((b - a).norm() / a.norm()).item() for a, b in zip(*found)]
             print(f"{backend:7} {str(dtype)[6:]:15}" + "  ".join(f"{error:.1e}" for error in errors))
             worst = max(worst, max(errors) / limit)
     raise SystemExit(None if worst < 1 else f"{worst:.1f} times as large as is allowed")

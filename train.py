@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from data import (SEPARATOR, Corpus, check_can_write, hash_of, load_corpus, next_windows, random_windows,
                   tokenizer_json, tokenizer_of, write_whole)  # fmt: skip
-from model import (LOGITS_AT_ONCE, RANK, WORLD, Mamba2Config, Mamba2LM, State, all_rows, any_process, choose_device,
-                   load_run, mean_over_processes, own)  # fmt: skip
+from model import (LOGITS_AT_ONCE, RANK, WORLD, Mamba2Config, Mamba2LM, State, all_rows, choose_device, load_run,
+                   mean_over_processes, own)  # fmt: skip
 
 INIT_STATES = ("zero", "noise", "fitted", "prev", "tbtt")
 
@@ -445,13 +445,13 @@ def main(argv: list[str] | None = None) -> int | None:
     if resuming and RANK == 0:
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_whole(log, lambda file: file.write("".join(lines).encode()))
+        write_whole(log, "".join(lines).encode())
     elif RANK == 0:
         made = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole: a run folder can always be resumed
         save(made)
         facts = json.dumps({"argv": sys.argv, "args": args, **origin}, indent=2)
-        write_whole(made / "args.json", lambda file: file.write(facts.encode()))
-        write_whole(made / "tokenizer.json", lambda file: file.write(tokenizer_json(corpus.tokenizer).encode()))
+        write_whole(made / "args.json", facts.encode())
+        write_whole(made / "tokenizer.json", tokenizer_json(corpus.tokenizer).encode())
         if out.exists():
             out.rmdir()  # it is empty
         made.rename(out)
@@ -463,7 +463,9 @@ def main(argv: list[str] | None = None) -> int | None:
     losses, times, skipped_in_a_row, counts = [], [], 0, {"skipped": 0, "bad_rows": 0}
     bar = tqdm(total=args["steps"], initial=step, unit=" steps", disable=RANK > 0 or None, dynamic_ncols=True)
     bar.write(HEADER)
-    while step < args["steps"] and not any_process(stopped_by, device):
+    while step < args["steps"]:
+        if mean_over_processes(torch.tensor(float(len(stopped_by)), device=device)) > 0:
+            break  # all processes, after the same step
         synchronize(device)
         start = time.perf_counter()
         loss, grad_norm, state, bad_rows = train_step(step)

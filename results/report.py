@@ -5,11 +5,15 @@ python results/report.py out/reproduce    the same, but first takes the results 
 """
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import math
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -17,7 +21,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import write_whole
-from eval_long import MEASURES, draw, panels
+from eval_long import MEASURES, draw, panels, print_perplexity
 from model import load_run
 
 RESULTS = ROOT / "results"
@@ -37,6 +41,10 @@ DEPENDS = {"zero": "zero (control)", "prev": "prev", "init_prob=0.5": "prev, ini
            "noise": "noise, std 0.1", "noise_std=0.3": "noise, std 0.3"}  # fmt: skip
 SCRATCH = {"prev": "prev", "tbtt": "tbtt", "scratch-prev": "prev from scratch", "scratch-tbtt": "tbtt from scratch"}
 SHADES = ("#DCC15A", "#56A36C", "#2D708E", "#440154")
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def kind_of(row):
@@ -153,6 +161,49 @@ def recall_table(tasks):
     return "\n".join(lines)
 
 
+def quickstart_block():
+    """What eval_long.py prints at the end of the README's quick start."""
+    rows = read_jsonl(RESULTS / "quickstart/results.jsonl")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print_perplexity({run: [row for row in rows if row["run"] == run] for run in ("out/zero", "out/prev")})
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()[1:-3]]  # without the footnotes
+    return textwrap.indent("\n".join(lines), "    ")
+
+
+def speed_table():
+    """From what `train.py --bench` printed, on two machines: their dtypes tell them apart."""
+    lines = [line for line in (RESULTS / "speed.txt").read_text().splitlines() if line.startswith('{"preset"')]
+    rows = {tuple(row[name] for name in ("preset", "compile", "dtype")): row for row in map(json.loads, lines)}
+    table = ["| preset | | without AMX: tokens/s | step / floor (range) | with AMX: tokens/s | step / floor (range) |",
+             "|---" * 6 + "|"]  # fmt: skip
+    for preset, (flag, name) in itertools.product(("tiny", "mid"), (("off", "eager"), ("on", "`--compile=on`"))):
+        cells = []
+        for row in (rows[preset, flag, dtype] for dtype in ("float32", "bfloat16")):
+            least, most = row["floor_ratio_range"]
+            cells += [f"{row['tokens_per_s']:,}", f"{row['floor_ratio']:.1f} ({least:.1f} - {most:.1f})"]
+        table.append(f"| {preset} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(table)
+
+
+def kernel_table():
+    """The rows of kernel_compile.txt for the preset small in bfloat16: the larger of forward and backward."""
+    found = {}  # kernel: rows (target, registers, spilled, bytes shared, instructions, products)
+    for line in (RESULTS / "kernel_compile.txt").read_text().splitlines():
+        if row := re.match(r"small +bf16 +(sm_[89]0) +(\w+)_kernel.* (\d+) +(\d+) +(\S+) +(\d+) / (\d+) +\d+%", line):
+            numbers = [int(number.replace(",", "")) for number in row.groups()[2:]]
+            found.setdefault(row[2], []).append((row[1], *numbers))
+    lines = ["| kernel | launches | registers sm_80 / sm_90 | spills | shared memory, most | tensor-core instructions sm_90 |",
+             "|---" * 6 + "|"]  # fmt: skip
+    for kernel, rows in found.items():
+        ampere, hopper = ([row for row in rows if row[0] == target] for target in ("sm_80", "sm_90"))
+        registers = " / ".join(str(max(row[1] for row in side)) for side in (ampere, hopper))
+        spills, shared = max(row[2] for row in rows), math.ceil(max(row[3] for row in rows) / 1024)
+        label, (*_, instructions, products) = "walk (either way)" if kernel == "walk" else kernel, hopper[0]
+        lines.append(f"| {label} | {len(hopper)} | {registers} | {spills} | {shared} KB | {instructions} for "
+                     f"{products} product{'s' * (products > 1)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def head_pictures(rows):
     """For seed 0: how the state of each head grows, a colour for each layer."""
     pictures = []
@@ -168,7 +219,7 @@ def head_pictures(rows):
 
 def best_dt_scale(run):
     """The scale with the lowest loss on training text, in the last bucket."""
-    rows = [json.loads(line) for line in (Path(run) / "eval" / "results.jsonl").read_text().splitlines()]
+    rows = read_jsonl(Path(run) / "eval" / "results.jsonl")
     rows = [row for row in rows if row["part"] == "train" and row["to"] == row["max_len"]]
     return min(rows, key=lambda row: row["nll"])["dt_scale"]
 
@@ -185,20 +236,16 @@ def main():
         folder = Path(args.folder)
         quick = folder.name == "quick"
         out, source = (folder, folder / "results.jsonl") if quick else (RESULTS, RESULTS / "results.jsonl")
-        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()] + list(
-            memories(folder)
-        )
-        lines = "".join(json.dumps(short(row)) + "\n" for row in rows)
-        write_whole(source, lambda file: file.write(lines.encode()))
+        rows = read_jsonl(folder / "results.jsonl") + list(memories(folder))
+        write_whole(source, "".join(json.dumps(short(row)) + "\n" for row in rows).encode())
         if not quick:
             export(folder / "base-0")
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = read_jsonl(source)
     found = tables(rows)
     for name, table in found.items():
         print(f"\n{name}\n{table}")
     for path in (ROOT / "README.md", RESULTS / "README.md") if out == RESULTS else ():
-        filled = fill(path.read_text(encoding="utf-8"), found)
-        write_whole(path, lambda file, filled=filled: file.write(filled.encode()))
+        write_whole(path, fill(path.read_text(encoding="utf-8"), found).encode())
     for name, (pictures, measure) in figures(rows).items():
         draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
         print(out / f"{name}.png")
@@ -213,13 +260,8 @@ def memories(folder):
     for run in sorted(path.parent for path in Path(folder).glob("*-[0-9]/ckpt.pt")):
         mixers = [block.mixer for block in load_run(run)[0].backbone.layers]
         rates = torch.cat([torch.exp(m.A_log) * torch.nn.functional.softplus(m.dt_bias) for m in mixers])
-        yield {
-            "run": str(run),
-            "measure": "memory",
-            "part": "val",
-            "dt_scale": 1,
-            "tokens": sorted((1 / rates).tolist()),
-        }
+        tokens = sorted((1 / rates).tolist())
+        yield {"run": str(run), "measure": "memory", "part": "val", "dt_scale": 1, "tokens": tokens}
 
 
 def memory_table(rows):
@@ -253,7 +295,8 @@ def tables(rows):
     if "steps=500" in results:
         first = over_seeds(of_seed_0(rows), "perplexity")
         found |= {"depends": excess_table(pick(first, DEPENDS)), "when": when_table(first), "tasks": recall_table(tasks),
-                  "scratch": excess_table(pick(results, SCRATCH))}  # fmt: skip
+                  "scratch": excess_table(pick(results, SCRATCH)), "quickstart": quickstart_block(),
+                  "speed": speed_table(), "kernels": kernel_table()}  # fmt: skip
     return found
 
 
@@ -286,8 +329,7 @@ def export(run):
     weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "init_state", "file")}
     write_whole(RESULTS / "base" / "ckpt.pt", lambda file: torch.save(weights, file))
     for name in ("tokenizer.json", "args.json"):
-        content = (Path(run) / name).read_bytes()
-        write_whole(RESULTS / "base" / name, lambda file, content=content: file.write(content))
+        write_whole(RESULTS / "base" / name, (Path(run) / name).read_bytes())
 
 
 if __name__ == "__main__":
