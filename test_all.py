@@ -842,7 +842,8 @@ def test_memory_estimate(d, layers, T, dtype):
 def test_parts_of_a_batch_and_two_processes_equal_one(work, mode):
     """Within rounding, 1 x 4 rows are the same as 4 x 1 by --grad_accum, and as 2 x 2 by torchrun, stopped and resumed:
     weights, what is remembered, and with two processes the evaluation. One process alone may not resume."""
-    flags = [f"--dataset={work}", *SMALL, f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4"]
+    flags = [f"--dataset={work}", *SMALL, f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4",
+             "--dtype=float32"]  # fmt: skip
     assert not train.main([*flags, "--out=one"]) and not train.main([*flags, "--grad_accum=4", "--out=parts"])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     command = [*launch, *flags, "--batch_size=2", "--out=two", "--save_every=10"]
