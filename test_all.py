@@ -9,7 +9,6 @@ are not here. Passed with triton 3.5.0 (whose interpreter needs NumPy below 2.4)
 import gzip
 import http.server
 import importlib
-import io
 import itertools
 import json
 import math
@@ -48,6 +47,7 @@ from model import Mamba2Config, Mamba2LM, load_run
 from scan_kernel import ssd, ssd_chunked, ssd_loop
 
 ROOT = Path(__file__).parent
+NO_BAR = tqdm(disable=True)
 LONG = os.environ.get("LONG") is not None  # more of what is drawn at random
 
 
@@ -327,7 +327,7 @@ def test_segments_equal_one_pass(cuts):
         parts.append(logits)
     parts = torch.cat(parts, dim=1)
     found = parts, state, torch.autograd.grad((parts * weights).sum(), model.parameters())
-    torch.testing.assert_close(found, (whole, whole_state, gradients), rtol=1e-10, atol=1e-10)
+    assert_close(found, (whole, whole_state, gradients), rtol=1e-10, atol=1e-10)
 
 
 def test_step_equals_forward():
@@ -339,7 +339,7 @@ def test_step_equals_forward():
     for t in range(20):
         out, state = model.step(idx[:, t], state)
         logits.append(out)
-    torch.testing.assert_close((torch.stack(logits, dim=1), state), (whole, whole_state), rtol=1e-10, atol=1e-11)
+    assert_close((torch.stack(logits, dim=1), state), (whole, whole_state), rtol=1e-10, atol=1e-11)
     out = model.generate(idx, 12, temperature=0)
     for _ in range(12):
         idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
@@ -362,14 +362,12 @@ def test_sliced_loss_equals_whole(monkeypatch):
     """per_token_nll in slices of the logits: the same losses and gradients as cross-entropy on all of them."""
     model, idx = tiny_model(), random_ids(3, 41)
     weights = torch.rand(3, 40, dtype=torch.float64)
-    logits = model(idx[:, :-1])[0].float()
-    whole = F.cross_entropy(logits.transpose(1, 2), idx[:, 1:], reduction="none")
-    gradient = torch.autograd.grad((whole * weights).sum(), model.lm_head.weight)[0]
     monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 61 * 7)
+    whole = F.cross_entropy(model(idx[:, :-1])[0].float().transpose(1, 2), idx[:, 1:], reduction="none")
     sliced, _ = model.per_token_nll(idx[:, :-1], idx[:, 1:])
     assert relative_error(whole, sliced) < 1e-6, "nll"
-    sliced_gradient = torch.autograd.grad((sliced * weights).sum(), model.lm_head.weight)[0]
-    assert relative_error(gradient, sliced_gradient) < 1e-5, "gradient"
+    gradients = (torch.autograd.grad((nll * weights).sum(), model.lm_head.weight)[0] for nll in (whole, sliced))
+    assert relative_error(*gradients) < 1e-5, "gradient"
 
 
 def test_parameters_are_the_official_ones():
@@ -409,12 +407,12 @@ def test_config_says_what_is_wrong(changes, message):
 TEXT = "".join(f"def f_{i}(x):\n    return x + {i * 7919 % 1000}  # é 日本\n\n" for i in range(1500))
 
 
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A text file of about 75 KB; everything is made beside it."""
-    folder = tmp_path_factory.mktemp("work")
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    return folder / "text.txt"
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder of its own as the current one, with a text of about 75 KB. Training here installs no signal handlers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    Path("a text.txt").write_text(TEXT, encoding="utf-8")
 
 
 def test_tokenizers_are_lossless():
@@ -449,54 +447,53 @@ def test_bpe_merges_the_most_frequent_pair():
                     word[j - 1 : j + 1] = [token]
 
 
-def test_corpus_is_cached_and_damage_is_found(text, monkeypatch, capsys):
+def test_corpus_is_cached_and_damage_is_found(work, monkeypatch):
     """Prepared once, the same afterwards; a file that is cut or has one flipped bit is refused in a line."""
-    monkeypatch.chdir(text.parent)
-    first = data.load_corpus(str(text), "bpe300")
+    first, cut = data.load_corpus("a text.txt", "bpe300"), len(TEXT) * 4 // 5
     parts = [first.tokenizer.decode(ids.tolist()) for ids in (first.train, first.val)]
-    assert "".join(parts) == TEXT[: len(parts[0]) - len(data.SEPARATOR)] + data.SEPARATOR + parts[1]
-    assert parts[1] == TEXT[-(len(TEXT) - len(TEXT) * 4 // 5) :] + data.SEPARATOR
+    assert parts == [TEXT[:cut] + data.SEPARATOR, TEXT[cut:] + data.SEPARATOR]
     monkeypatch.setattr(data, "train_bpe", None)
-    again = data.load_corpus(str(text), "bpe300")
+    again = data.load_corpus("a text.txt", "bpe300")
     assert (again.train == first.train).all() and again.hash == first.hash
     path = next(path for path in Path("data").rglob("*-val-*.npy"))
     content = path.read_bytes()
     for damaged in (content[:-2], content[:-1] + bytes([content[-1] ^ 1]), content[:50], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"is damaged"):
-            data.load_corpus(str(text), "bpe300")
-    path.write_bytes(content)
+            data.load_corpus("a text.txt", "bpe300")
 
 
-def test_dataset_from_an_address(tmp_path, monkeypatch):
+def test_two_processes_prepare_the_same_corpus(work):
+    """At once: both end well, with whole files, and leave nothing else behind."""
+    command = [str(ROOT / "data.py"), "--dataset=a text.txt", "--tokenizer=bpe300"]
+    processes = [subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(list(Path("data").glob("*/*"))) == 3 and run_python(*command, folder=".")
+
+
+def test_dataset_from_an_address(work):
     """A text, .gz and .zip from a server; one that breaks off, is not there or is no .gz leaves nothing behind."""
-    text = "".join(f"line {i}: caf\u00e9\n" for i in range(5000)).encode()
-    zipped = io.BytesIO()
-    with zipfile.ZipFile(zipped, "w") as archive:
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        """Serves the current folder, and promises more of cut.txt than there is."""
+
+        def send_header(self, name, value):
+            cut = self.path == "/cut.txt" and name == "Content-Length"
+            super().send_header(name, int(value) + 1000 if cut else value)
+
+    for name in ("cut.txt", "bad.gz"):
+        shutil.copy("a text.txt", name)
+    Path("text.gz").write_bytes(gzip.compress(TEXT.encode()))
+    with zipfile.ZipFile("text.zip", "w") as archive:
         archive.writestr("readme", "short")
-        archive.writestr("text", text)
-    files = dict.fromkeys(("/a.txt", "/cut.txt", "/bad.gz"), text)
-    files |= {"/a.txt.gz": gzip.compress(text), "/a.zip": zipped.getvalue()}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = files.get(self.path)
-            self.send_response(200 if body else 404)
-            self.send_header("Content-Length", str(len(body or "") + 1000 * (self.path == "/cut.txt")))
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def log_message(self, *_):
-            pass
-
-    monkeypatch.chdir(tmp_path)
+        archive.write("a text.txt")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        for name in ("a.txt", "a.txt.gz", "a.zip"):
-            assert list(data.read_documents(f"{address}/{name}").values()) == [text.decode()]
-        files["/a.txt"] = b""  # it is kept: the server is not asked again
-        assert data.load_corpus(f"{address}/a.txt", "byte").train.size > 60_000
+        for name in ("a%20text.txt", "text.gz", "text.zip"):
+            assert list(data.read_documents(f"{address}/{name}").values()) == [TEXT]
+        Path("text.gz").unlink()  # the download is kept: the server is not asked again
+        assert data.load_corpus(f"{address}/text.gz", "byte").train.size == len(TEXT[: len(TEXT) * 4 // 5].encode()) + 1
         before = sorted(Path("data/downloads").iterdir())
         for name in ("cut.txt", "none.txt", "bad.gz"):
             with pytest.raises(ValueError, match="needs no internet"):
@@ -516,18 +513,16 @@ def test_tasks_have_the_right_answer():
     for depth, size in itertools.product((0, 0.5, 1), (0, 40)):
         prompt, answer = data.make_sample("passkey", size, random, text, depth)
         before, hidden, after = re.fullmatch(r"(.*)\n# key( \d{5})\n(.*)\n# key", prompt).groups()
-        assert (
-            hidden == answer and len(before) == depth * size and len(before + after) == size and before + after in text
-        )
+        assert hidden == answer and before + after in text
+        assert len(before) == depth * size and len(before + after) == size
     documents = data.read_documents("copy")
     assert len(set(documents.values())) > 190_000 and max(map(len, documents.values())) == 31
 
 
 @torch.no_grad()
-def test_recall_counts_right_answers():
+@pytest.mark.parametrize("late", [0, 40])
+def test_recall_counts_right_answers(late):
     """A model that knows the answers scores 1, one that says something else next to nothing, at each size that fits."""
-    tokenizer = data.make_tokenizer("byte", [])
-    corpus = data.Corpus("copy", "", tokenizer, None, None, 1.0)
 
     class Oracle:
         """Its "hidden" are the logits of what was said (a prompt's length and one) before."""
@@ -535,18 +530,16 @@ def test_recall_counts_right_answers():
         lm_head = torch.nn.Identity()
         lm_head.weight = torch.empty(0)
 
-        def hidden(self, idx, state=None):
-            said = idx[0].roll(idx.shape[1] // 2 + self.late)
-            return F.one_hot(said, 257)[None].float(), None
+        def hidden(self, idx):
+            return F.one_hot(idx.roll(idx.shape[1] // 2 + late), 257).float(), None
 
-    oracle = Oracle()
-    for oracle.late, accuracy in ((0, 1.0), (40, 0.0)):
-        rows = eval_long.recall(oracle, corpus, range(64), 130, 8, tqdm(disable=True))
-        assert [row["to"] for row in rows] == [31, 61, 121]
-        assert all(row["accuracy"] == 1 for row in rows) if accuracy else rows[-1]["accuracy"] < 0.2
+    corpus = data.Corpus("copy", "", data.make_tokenizer("byte", []), None, None, 1.0)
+    rows = eval_long.recall(Oracle(), corpus, range(64), 130, 8, NO_BAR)
+    assert [row["to"] for row in rows] == [31, 61, 121]
+    assert rows[-1]["accuracy"] < 0.2 if late else all(row["accuracy"] == 1 for row in rows)
 
 
-def test_held_out_documents_are_not_trained_on(tmp_path):
+def test_held_out_documents_are_not_trained_on():
     """A fifth of the files of a folder, whichever order they come in; of a single file, its end."""
     documents = {f"{i}.txt": f"text {i}" for i in range(50)}
     train_texts, val_texts = data.split_documents(documents)
@@ -610,35 +603,31 @@ def test_fitted_noise_has_the_moments_of_final_states():
     for layer in range(2):
         seen = torch.cat([state[layer][1] for state in final]).transpose(0, 1).flatten(1)  # (h, all numbers)
         made = drawn[layer][1].transpose(0, 1).flatten(1)
-        torch.testing.assert_close(made.std(1), seen.std(1), rtol=0.05, atol=0)
+        assert_close(made.std(1), seen.std(1), rtol=0.05, atol=0)
         assert ((made.mean(1) - seen.mean(1)).abs() < 0.05 * seen.std(1)).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training, resuming
 
-SMALL = ["--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--seq_len=8", "--chunk=8", "--batch_size=4",
-         "--tokenizer=byte", "--device=cpu", "--log_every=2", "--val_every=100"]  # fmt: skip
+SMALL = ["--dataset=a text.txt", "--tokenizer=byte", "--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--chunk=8",
+         "--seq_len=8", "--batch_size=4", "--device=cpu", "--log_every=2", "--val_every=100"]  # fmt: skip
 
 
-def run_train(text, *flags):
-    """train.py in this process -> its exit code. The folder of `text` is the current one."""
+def exit_code(main, *argv):
+    """What the script would end with."""
     try:
-        return train.main([f"--dataset={text}", *SMALL, *flags]) or 0
+        return main(list(map(str, argv))) or 0
     except SystemExit as stop:
         return stop.code
 
 
-@pytest.fixture
-def work(text, monkeypatch, tmp_path):
-    """The text, with an empty folder for runs as the current one."""
-    (tmp_path / "data").symlink_to(text.parent / "data")
-    (text.parent / "data").mkdir(exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield text
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def run_train(*flags):
+    return exit_code(train.main, *SMALL, *flags)
+
+
+def evaluate(*flags):
+    return exit_code(eval_long.main, *flags)
 
 
 def read_jsonl(path):
@@ -649,32 +638,34 @@ def weights(run):
     return torch.load(f"{run}/ckpt.pt", weights_only=True)["model"]
 
 
+def assert_same_weights(run, other):
+    assert_close(weights(run), weights(other), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mode,compiled", [*((mode, "off") for mode in train.INIT_STATES), ("prev", "on")])
 def test_resumed_run_equals_uninterrupted_one(work, mode, compiled, monkeypatch):
     """Killed in step 8, resumed from the checkpoint of step 6: the weights and the log are those of an undisturbed run."""
     flags = [f"--init_state={mode}", "--init_prob=0.7", "--steps=12", "--save_every=3", f"--compile={compiled}"]
-    assert run_train(work, *flags, "--out=whole") == 0
+    assert run_train(*flags, "--out=whole") == 0
     rate = train.learning_rate
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "learning_rate", lambda step, args: rate(step, args) if step < 7 else 1 / 0)  # power cut
-        run_train(work, *flags, "--out=cut")
+        run_train(*flags, "--out=cut")
     with open("cut/log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # a line cut short
-    assert run_train(work, "--out=cut", "--resume") == 0
-    torch.testing.assert_close(weights("cut"), weights("whole"), rtol=0, atol=0)
-    logs = [[row["step"] for row in read_jsonl(f"{run}/log.jsonl")] for run in ("whole", "cut")]
-    assert logs[0] == logs[1] == [2, 4, 6, 8, 10, 12]
-    assert run_train(work, "--out=cut", "--resume") == 0  # finished: says so
+    assert run_train("--out=cut", "--resume") == 0
+    assert_same_weights("cut", "whole")
+    for run in ("whole", "cut"):
+        assert [row["step"] for row in read_jsonl(f"{run}/log.jsonl")] == [2, 4, 6, 8, 10, 12]
+    assert run_train("--out=cut", "--resume") == 0  # finished: says so
 
 
 @pytest.mark.parametrize("mode", train.INIT_STATES if LONG else ["tbtt"])
-def test_interrupted_at_any_moment(mode, tmp_path, monkeypatch):
+def test_interrupted_at_any_moment(work, mode):
     """kill -9, SIGTERM, Ctrl-C and Ctrl-C twice, at random moments from the first import and the preparation of the corpus
     on: the next call goes on, and the weights at the end are those of a run that was left alone, bit for bit."""
-    monkeypatch.chdir(tmp_path)
-    Path("a text.txt").write_text(TEXT, encoding="utf-8")
     flags = [f"--init_state={mode}", "--steps=800", "--save_every=20", "--val_every=800", "--tokenizer=bpe300"]
-    command = [sys.executable, ROOT / "train.py", "--dataset=a text.txt", *SMALL, *flags, "--out=cut"]
+    command = [sys.executable, ROOT / "train.py", *SMALL, *flags, "--out=cut"]
     draw, resume = random.Random(0), lambda: ["--resume"][: Path("cut/ckpt.pt").exists()]
     for i in range(20 if LONG else 6):
         process = subprocess.Popen([*command, *resume()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -687,27 +678,27 @@ def test_interrupted_at_any_moment(mode, tmp_path, monkeypatch):
                 time.sleep(0.01)
         errors = process.communicate()[1]
         assert "Error" not in errors, errors
-    assert run_train("a text.txt", *flags, "--out=cut", *resume()) == 0
-    assert run_train("a text.txt", *flags, "--out=whole") == 0
-    torch.testing.assert_close(weights("cut"), weights("whole"), rtol=0, atol=0)
+    assert run_train(*flags, "--out=cut", *resume()) == 0
+    assert run_train(*flags, "--out=whole") == 0
+    assert_same_weights("cut", "whole")
 
 
-def test_damaged_checkpoints_are_found(work, tmp_path):
+def damaged(content, i):
+    """The i-th copy: one in four is cut, the others have one flipped bit, at a random place."""
+    draw = random.Random(i)
+    place = draw.randrange(len(content))
+    flipped = bytes([content[place] ^ 1 << draw.randrange(8)])
+    return content[:place] + (flipped + content[place + 1 :] if i % 4 else b"")
+
+
+def test_damaged_checkpoints_are_found(work):
     """200 copies, each cut or with one bit flipped: an error of one line, or the same weights (the bit was padding)."""
-    assert run_train(work, "--init_state=prev", "--steps=1") == 0
-    good, draw = Path("out/prev/ckpt.pt").read_bytes(), random.Random(0)
-    expected, found = weights("out/prev"), 0
+    assert run_train("--init_state=prev", "--steps=1") == 0
+    good, expected, found = Path("out/prev/ckpt.pt").read_bytes(), weights("out/prev"), 0
     for i in range(200):
-        content = bytearray(good)
-        place = draw.randrange(len(content))
-        if i % 4:
-            content[place] ^= 1 << draw.randrange(8)
-        else:
-            del content[place:]
-        Path("damaged.pt").write_bytes(content)
+        Path("damaged.pt").write_bytes(damaged(good, i))
         try:
-            model = load_run("damaged.pt")[0]
-            assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
+            assert_close(load_run("damaged.pt")[0].state_dict(), expected, rtol=0, atol=0)
         except (ValueError, OSError) as error:
             assert "\n" not in str(error)
             found += 1
@@ -717,51 +708,50 @@ def test_damaged_checkpoints_are_found(work, tmp_path):
 def test_files_from_elsewhere_are_refused_by_name(work, capsys):
     """A checkpoint that would run code, one with other weights than it says, and a tokenizer that is damaged, or another
     run's: exit code 2 and one line with the name of what is wrong, from training and from evaluation."""
-    assert run_train(work, "--init_state=prev", "--steps=1") == 0
-    checkpoint, draw = torch.load("out/prev/ckpt.pt", weights_only=True), random.Random(0)
-    good, path = Path("out/prev/tokenizer.json").read_bytes(), Path("out/prev/tokenizer.json")
+    assert run_train("--init_state=prev", "--steps=1") == 0
+    checkpoint, path = torch.load("out/prev/ckpt.pt", weights_only=True), Path("out/prev/tokenizer.json")
 
     def refused(reason):
-        for run, *flags in ((run_train, work, "--init_from=out/prev", "--out=new"), (evaluate_runs, "out/prev")):
+        for run, *flags in ((run_train, "--init_from=out/prev", "--out=new"), (evaluate, "out/prev")):
             code, error = run(*flags), capsys.readouterr().err
             assert code == 2 and reason in error and error.count("\n") == 1, error
         assert not Path("new").exists() and not Path("out/eval").exists()
 
-    def damage(reason, **changes):
+    name, weight = "backbone.layers.1.mixer.D", checkpoint["model"]["backbone.layers.1.mixer.D"]
+    for reason, changes in (
+        ("it holds re._compile", {"optimizer": re.compile("")}),  # pickled as a call
+        (name, {"model": {key: t for key, t in checkpoint["model"].items() if key != name}}),
+        (name + "x", {"model": checkpoint["model"] | {name + "x": weight}}),
+        (name, {"model": checkpoint["model"] | {name: weight[:1]}}),
+        (name, {"model": checkpoint["model"] | {name: weight / 0 * 0}}),
+        ("headdim", {"config": checkpoint["config"] | {"headdim": 7}}),
+    ):
         torch.save(checkpoint | changes, "out/prev/ckpt.pt")
         refused(reason)
-
-    name, weight = "backbone.layers.1.mixer.D", checkpoint["model"]["backbone.layers.1.mixer.D"]
-    damage("it holds re._compile", optimizer=re.compile(""))  # pickled as a call
-    damage(name, model={key: t for key, t in checkpoint["model"].items() if key != name})
-    damage(name + "x", model=checkpoint["model"] | {name + "x": weight})
-    damage(name, model=checkpoint["model"] | {name: weight[:1]})
-    damage(name, model=checkpoint["model"] | {name: weight / 0 * 0})
-    damage("headdim", config=checkpoint["config"] | {"headdim": 7})
     torch.save(checkpoint, "out/prev/ckpt.pt")
+    good = path.read_bytes()
     for i in range(LONG * 200 + 30):
-        content, place = bytearray(good), draw.randrange(len(good))
-        content[place] ^= 1 << draw.randrange(8)
-        path.write_bytes(content if i % 4 else content[:place])
+        path.write_bytes(damaged(good, i))
         refused("tokenizer")
-    assert run_train(work, "--out=third", "--steps=1", "--tokenizer=bpe300") == 0
-    path.write_bytes(Path("third/tokenizer.json").read_bytes())
+    assert run_train("--out=third", "--steps=1", "--tokenizer=bpe300") == 0
+    shutil.copy("third/tokenizer.json", path)
     refused("tokenizer")
 
 
 def test_full_disk_keeps_the_last_checkpoint(work):
     """A checkpoint that cannot be written whole: one line that names it, the one before stays, and training goes on later."""
     resource = pytest.importorskip("resource")  # not on Windows
-    command = [str(ROOT / "train.py"), f"--dataset={work}", *SMALL, "--init_state=prev", "--steps=6", "--save_every=2"]
-    assert not train.main([*command[1:], "--out=whole"])
+    flags = ["--init_state=prev", "--steps=6", "--save_every=2"]
+    assert run_train(*flags, "--out=whole") == 0
     limit = int(0.9 * Path("whole/ckpt.pt").stat().st_size)  # the first checkpoint, without Adam's moments, is smaller
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False,
+    command = [sys.executable, ROOT / "train.py", *SMALL, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, check=False,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
     last = result.stderr.splitlines()[-1]
     assert result.returncode == 1 and "ckpt.pt could not be written" in last and "Traceback" not in result.stderr
     assert load_run("out/prev")[1]["step"] == 0 and sorted(Path("out/prev").glob(".*")) == []
-    assert not train.main(["--out=out/prev", "--resume"])
-    assert all(torch.equal(t, weights("whole")[name]) for name, t in weights("out/prev").items())
+    assert run_train("--out=out/prev", "--resume") == 0
+    assert_same_weights("out/prev", "whole")
 
 
 def test_modes_differ_in_the_initial_state_only(work):
@@ -769,7 +759,7 @@ def test_modes_differ_in_the_initial_state_only(work):
     noise and fitted differ from the first."""
     rows = {}
     for mode in ("zero", "noise", "fitted", "prev"):
-        assert run_train(work, f"--init_state={mode}", "--steps=2", "--log_every=1") == 0
+        assert run_train(f"--init_state={mode}", "--steps=2", "--log_every=1") == 0
         rows[mode] = [row["loss"] for row in read_jsonl(f"out/{mode}/log.jsonl")]
     assert rows["zero"][0] == rows["prev"][0]
     assert len({rows[mode][0] for mode in ("zero", "noise", "fitted")}) == 3
@@ -779,25 +769,25 @@ def test_modes_differ_in_the_initial_state_only(work):
 def test_fitted_does_not_run_away(work):
     """200 steps of fitted noise, with heads that forget almost nothing: the noise stays as large as states from zero."""
     flags = ["--init_state=fitted", "--steps=200", "--A_init_range", "0.0001", "0.01", "--val_every=200", "--lr=1e-4"]
-    assert run_train(work, *flags) == 0
+    assert run_train(*flags) == 0
     model, checkpoint = load_run("out/fitted")
     with torch.no_grad():
-        tokens = data.load_corpus(str(work), "byte").train
+        tokens = data.load_corpus("a text.txt", "byte").train
         _, final = model.hidden(data.random_windows(tokens, 64, 8, 0, 0)[:, :-1])
     for layer, (_, ssm) in enumerate(final):
         fitted = checkpoint["init_state"]["square"][layer].sqrt()
-        torch.testing.assert_close(fitted, ssm.square().mean((0, 2, 3)).sqrt(), rtol=0.3, atol=1e-3)
+        assert_close(fitted, ssm.square().mean((0, 2, 3)).sqrt(), rtol=0.3, atol=1e-3)
 
 
 def test_post_training_takes_over_the_architecture(work, capsys):
     """--init_from: the other run's weights, architecture and T; that run stays as it is. A path to its ckpt.pt will do."""
-    assert run_train(work, "--init_state=zero", "--steps=4") == 0
+    assert run_train("--init_state=zero", "--steps=4") == 0
     before = Path("out/zero/ckpt.pt").read_bytes()
-    code = train.main([f"--dataset={work}", "--init_from=out/zero/ckpt.pt", "--init_state=prev", "--steps=2", "--lr=0"])
-    assert not code and Path("out/zero/ckpt.pt").read_bytes() == before
-    assert all(torch.equal(t, weights("out/zero")[name]) for name, t in weights("out/prev").items())  # lr is 0
+    assert not train.main(["--init_from=out/zero/ckpt.pt", "--init_state=prev", "--steps=2", "--lr=0"])
+    assert Path("out/zero/ckpt.pt").read_bytes() == before
+    assert_same_weights("out/prev", "out/zero")  # lr is 0
     assert load_run("out/prev")[1]["args"]["seq_len"] == 8
-    assert run_train(work, "--init_from=out/zero", "--out=other", "--seq_len=16") == 2
+    assert run_train("--init_from=out/zero", "--out=other", "--seq_len=16") == 2
     assert "--seq_len=16 contradicts" in capsys.readouterr().err and not Path("other").exists()
 
 
@@ -805,50 +795,48 @@ def test_post_training_takes_over_the_architecture(work, capsys):
 @pytest.mark.parametrize("d, layers, T", [(64, 2, 32), (128, 3, 128)])
 def test_memory_estimate(d, layers, T, dtype):
     """What is printed before the first step, against the tensors that autograd really keeps: within 30 %."""
-    model, kept = Mamba2LM(Mamba2Config(500, d_model=d, n_layer=layers, d_state=128, headdim=32, chunk=32)), {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    alive = []  # else an address could be used twice
+    model, kept = Mamba2LM(Mamba2Config(500, d_model=d, n_layer=layers, d_state=128, headdim=32, chunk=32)), []
 
-    def pack(tensor):
-        alive.append(tensor)
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def keep(tensor):
+        kept.append(tensor)
         return tensor
 
     idx = torch.randint(500, (4, T))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), \
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), \
          torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):  # fmt: skip
         model(idx, idx, model.zero_state(4))
-    measured = sum(size for address, size in kept.items() if address not in own)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in kept)}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    measured = sum(size for address, size in storages.items() if address not in own)
     assert 0.7 < train.estimate_memory(model.config, 4, T, 1, dtype)[1] / measured < 1.3
 
 
 @pytest.mark.parametrize("mode", ["fitted", "tbtt"])
-def test_parts_of_a_batch_and_two_processes_equal_one(work, mode):
+def test_parts_of_a_batch_and_two_processes_equal_one(work, mode, monkeypatch):
     """Within rounding, 1 x 4 rows are the same as 4 x 1 by --grad_accum, and as 2 x 2 by torchrun, stopped and resumed:
     weights, what is remembered, and with two processes the evaluation. One process alone may not resume."""
-    flags = [f"--dataset={work}", *SMALL, f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4",
-             "--dtype=float32"]  # fmt: skip
-    assert not train.main([*flags, "--out=one"]) and not train.main([*flags, "--grad_accum=4", "--out=parts"])
+    flags = [f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4", "--dtype=float32"]
+    assert run_train(*flags, "--out=one") == run_train(*flags, "--grad_accum=4", "--out=parts") == 0
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    command = [*launch, *flags, "--batch_size=2", "--out=two", "--save_every=10"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    command = [*launch, *SMALL, *flags, "--batch_size=2", "--out=two", "--save_every=10"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and (not Path("two/ckpt.pt").exists() or load_run("two")[1]["step"] < 10):
         time.sleep(0.05)
     process.terminate()  # torchrun passes it on: both processes stop after the same step, and save
     process.wait()
-    assert run_train(work, "--out=two", "--resume") == 2 or load_run("two")[1]["step"] == 40
-    subprocess.run([*launch, "--out=two", "--resume"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert run_train("--out=two", "--resume") == 2 or load_run("two")[1]["step"] == 40
+    subprocess.run([*launch, "--out=two", "--resume"], check=True, stdout=subprocess.DEVNULL)
     one, two, parts = (load_run(run)[1] for run in ("one", "two", "parts"))
     assert one["tokens"] == two["tokens"] == 40 * 4 * 8 and two["processes"] == 2
     for other in (two, parts):
-        torch.testing.assert_close(other["model"], one["model"], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(other["init_state"], one["init_state"], atol=1e-4, rtol=1e-3)
+        assert_close(other["model"], one["model"], atol=1e-5, rtol=1e-4)
+        assert_close(other["init_state"], one["init_state"], atol=1e-4, rtol=1e-3)
     assert len(read_jsonl("two/log.jsonl")) == len(read_jsonl("one/log.jsonl"))
     evaluation = ["two", "--max_len=256", "--sequences=4", "--device=cpu"]
-    assert evaluate_runs(*evaluation, "--out=ev1") == 0
+    assert evaluate(*evaluation, "--out=ev1") == 0
     command = [*launch[:-1], ROOT / "eval_long.py", *evaluation, "--out=ev2"]
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     for one, two in zip(read_jsonl("ev1/results.jsonl"), read_jsonl("ev2/results.jsonl"), strict=True):
         for name in ("tokens", "nll", "excess", "excess_se", "window_loss"):
             assert abs(one[name] - two[name]) < 1e-5
@@ -856,11 +844,11 @@ def test_parts_of_a_batch_and_two_processes_equal_one(work, mode):
 
 def test_rates_of_forgetting_have_their_own_learning_rate(work):
     """--rates_lr=0 holds A and dt_bias and nothing else; 10 moves them about ten times as far as 1 in the first step."""
-    assert run_train(work, "--init_state=zero", "--steps=1") == 0
+    assert run_train("--init_state=zero", "--steps=1") == 0
     start, moved = weights("out/zero"), {}
     for times in (0, 1, 10):
         flags = ["--init_from=out/zero", "--init_state=prev", "--steps=1", f"--rates_lr={times}", f"--out=out/{times}"]
-        assert not train.main([f"--dataset={work}", *flags])
+        assert not train.main(flags)
         moved[times] = {name: (t - start[name]).abs().max().item() for name, t in weights(f"out/{times}").items()}
     for name in start:
         rate = name.endswith(("A_log", "dt_bias"))
@@ -884,12 +872,12 @@ def test_steps_that_are_not_finite(work, mode, monkeypatch, capsys):
         return logits, loss, state
 
     monkeypatch.setattr(Mamba2LM, "forward", poisoned)
-    assert run_train(work, f"--init_state={mode}", "--steps=8", "--lr=1e-3") == 0
+    assert run_train(f"--init_state={mode}", "--steps=8", "--lr=1e-3") == 0
     last = read_jsonl(f"out/{mode}/log.jsonl")[-1]
     assert last["skipped"] == 2 and last["bad_rows"] == (2 if mode == "tbtt" else 0) and math.isfinite(last["loss"])
     memory = load_run(f"out/{mode}")[1]["init_state"]
     assert all(torch.isfinite(t).all() for tensors in memory.values() for t in tensors)
-    assert run_train(work, f"--init_state={mode}", "--steps=50", "--save_every=2", "--out=out/bad") == 1
+    assert run_train(f"--init_state={mode}", "--steps=50", "--save_every=2", "--out=out/bad") == 1
     assert "last checkpoint" in capsys.readouterr().err and load_run("out/bad")[1]["step"] == 0
     state = [(torch.ones(3, 1, 1), torch.ones(3, 1, 1, 1)) for _ in range(2)]
     state[1][1][2] = math.inf
@@ -907,10 +895,11 @@ def test_steps_that_are_not_finite(work, mode, monkeypatch, capsys):
 ])  # fmt: skip
 def test_bad_input_is_exit_code_2_and_touches_nothing(work, flags, message, capsys):
     """Exit code 2 and a message that names what is wrong, and no file made or changed."""
+    data.load_corpus("a text.txt", "byte")
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("mine")
     before = sorted(Path().rglob("*"))
-    assert run_train(work, *flags) == 2
+    assert run_train(*flags) == 2
     assert message in capsys.readouterr().err and sorted(Path().rglob("*")) == before
 
 
@@ -918,25 +907,16 @@ def test_every_number_refuses_nonsense(work, capsys):
     """Each numeric flag of train.py and eval_long.py, at -1, nan, inf, a word and, but for eval_long's seed, 10^30: exit
     code 2, nothing made. And what would not fit into memory."""
     flags = [action.option_strings[0] for action in train.make_parser()._actions if action.type]
-    assert len(flags) > 15 and run_train(work, "--init_state=zero", "--steps=1") == 0
+    assert len(flags) > 15 and run_train("--init_state=zero", "--steps=1") == 0
     before, values = sorted(Path().rglob("*")), ("-1", "nan", "inf", "ten", "1" + 30 * "0")
     for flag, value in itertools.product(flags, values):
         more = ["1"] if flag == "--A_init_range" else []
-        assert run_train(work, "--out=other", flag, value, *more) == 2, (flag, value)
+        assert run_train("--out=other", flag, value, *more) == 2, (flag, value)
     for flag, value in [("--seed", "-1"), *itertools.product(("--max_len", "--sequences", "--dt_scale"), values)]:
-        assert evaluate_runs("out/zero", "--max_len=64", "--out=ev", f"{flag}={value}") == 2, (flag, value)
+        assert evaluate("out/zero", "--max_len=64", "--out=ev", f"{flag}={value}") == 2, (flag, value)
     for flag in ("batch_size", "n_layer", "d_model", "d_state"):
-        assert run_train(work, "--out=other", f"--{flag}=1000000000") == 2 and "GB" in capsys.readouterr().err
+        assert run_train("--out=other", f"--{flag}=1000000000") == 2 and "GB" in capsys.readouterr().err
     assert sorted(Path().rglob("*")) == before
-
-
-def test_two_processes_prepare_the_same_corpus(tmp_path):
-    """At once: both end well, with whole files, and leave nothing else behind."""
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "data.py"), "--dataset=text.txt", "--tokenizer=bpe300"]
-    processes = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert len(list((tmp_path / "data").glob("*/*"))) == 3 and run_python(*command[1:], folder=tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -946,14 +926,9 @@ def test_two_processes_prepare_the_same_corpus(tmp_path):
 @pytest.fixture
 def official(tmp_path):
     """-> function(model) that writes it as a mamba_ssm folder, with a tokenizer of the kind that GPT-NeoX has."""
-    tokenizers = pytest.importorskip("tokenizers")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.normalizer = tokenizers.normalizers.NFC()
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=[data.SEPARATOR], initial_alphabet=alphabet)
-    bpe.train_from_iterator(["def hello(world):\n    return world\n" * 9], trainer)
+    bpe = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(unicode_normalizer="nfc")
+    code = ["def hello(world):\n    return world\n" * 9]
+    bpe.train_from_iterator(code, 300, special_tokens=[data.SEPARATOR], show_progress=False)
     bpe.add_tokens(["  ", "    "])
 
     def write(model, **changes):
@@ -985,9 +960,8 @@ def test_transformers_computes_the_same(groups, tied, l, tmp_path):
     sizes = {"d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 16, "ngroups": groups, "tie_embeddings": tied}
     ours = Mamba2LM(Mamba2Config(61, **sizes)).eval()
     sizes = {name: sizes[mine] for name, mine in model_file.TRANSFORMERS.items() if mine in sizes}
-    theirs = transformers.Mamba2ForCausalLM(
-        transformers.Mamba2Config(vocab_size=61, num_heads=4, chunk_size=8, **sizes)
-    )
+    config = transformers.Mamba2Config(vocab_size=61, num_heads=4, chunk_size=8, **sizes)
+    theirs = transformers.Mamba2ForCausalLM(config)
     theirs.load_state_dict({name.replace("embedding.", "embeddings."): w for name, w in ours.state_dict().items()})
     theirs.eval().save_pretrained(tmp_path)
     back, checkpoint = load_run(tmp_path)
@@ -995,9 +969,9 @@ def test_transformers_computes_the_same(groups, tied, l, tmp_path):
     idx, more = random_ids(2, l), random_ids(2, 1)
     logits, _, state = ours(idx)
     expected = theirs(idx, use_cache=True)
-    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
     next_logits = theirs(more, cache_params=expected.cache_params).logits
-    torch.testing.assert_close(ours(more, state=state)[0], next_logits, atol=1e-4, rtol=1e-4)
+    assert_close(ours(more, state=state)[0], next_logits, atol=1e-4, rtol=1e-4)
     assert torch.equal(back(idx)[0], logits)
     content = (tmp_path / "model.safetensors").read_bytes()
     for broken in (content[:100], content[:-9], b"\xff" + content[1:]):
@@ -1011,9 +985,7 @@ def test_official_folder_is_read_or_refused_by_name(official):
     model = official_model()
     folder = official(model)
     back = load_run(folder)[0]
-    assert all(
-        t.dtype == torch.float32 and torch.equal(t, model.state_dict()[n].float()) for n, t in back.state_dict().items()
-    )
+    assert_close(back.state_dict(), model.float().state_dict(), rtol=0, atol=0)
     for changes, message in (({"attn_layer_idx": [1]}, "attn_layer_idx"), ({"d_intermediate": 64}, "d_intermediate"),
                              ({"ssm_cfg": {"layer": "Mamba1"}}, "layer=Mamba1"), ({"vocab_size": 280}, "vocab_size=280"),
                              ({"ssm_cfg": {"new_thing": 1}}, "new_thing=1"), ({"d_model": 48}, "size mismatch"),
@@ -1043,14 +1015,18 @@ def test_hugging_face_tokenizer_gives_the_same_ids(official):
 # The long evaluation
 
 
+def some_sequences(number, length):
+    """Random tokens; where `number` sequences of length + 1 begin in them; these sequences."""
+    tokens = random_ids(1, 2000)[0].numpy()
+    starts = eval_long.choose_starts(tokens, length, number, 0)
+    return tokens, starts, torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)])
+
+
 @torch.no_grad()
 def test_evaluation_equals_brute_force(monkeypatch):
     """Perplexity, excess, spread of the state of each bucket, and the window loss, against one pass and separate windows,
     whatever the segments are."""
-    model, T, length, half = tiny_model().float(), 8, 101, 4
-    tokens = random_ids(1, 1000)[0].numpy()
-    starts = eval_long.choose_starts(tokens, length, 3, 0)
-    idx = torch.from_numpy(tokens[starts[:, None] + np.arange(length)])
+    model, T, half, (tokens, starts, idx) = tiny_model().float(), 8, 4, some_sequences(3, 101)
     full = model.per_token_nll(idx[:, :-1], idx[:, 1:])[0].double()
     restarted = torch.zeros_like(full)
     for t in range(half, 100):
@@ -1060,15 +1036,15 @@ def test_evaluation_equals_brute_force(monkeypatch):
     window_loss = model.per_token_nll(windows[:, :-1], windows[:, 1:])[0].mean()
     for at_once in (1, 3 * 5 * half, 10**6):
         monkeypatch.setattr(eval_long, "TOKENS_AT_ONCE", at_once)
-        rows = eval_long.perplexity(model, tokens, starts, length, T, tqdm(disable=True))
+        rows = eval_long.perplexity(model, tokens, starts, 101, T, NO_BAR)
         assert [(row["from"], row["to"]) for row in rows] == [(4, 8), (8, 16), (16, 32), (32, 64), (64, 100)]
         for row in rows:
             span = slice(row["from"], row["to"])
             excess = (full - restarted)[:, span].mean(1)
-            assert abs(row["nll"] - full[:, span].mean()) < 1e-5 and abs(row["excess"] - excess.mean()) < 1e-5
-            assert abs(row["excess_se"] - excess.std() / 3**0.5) < 1e-5
+            expected = full[:, span].mean(), excess.mean(), excess.std() / 3**0.5, window_loss
+            found = [row[name] for name in ("nll", "excess", "excess_se", "window_loss")]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
             assert row["tokens"] == 3 * (row["to"] - row["from"])
-            assert abs(row["window_loss"] - window_loss) < 1e-5
             ssm = [ssm for _, ssm in model.hidden(idx[:, : row["to"]])[1]]
             assert abs(row["state_std"] - torch.cat([t.flatten() for t in ssm]).std()) < 1e-6
             heads = [t.transpose(0, 1).flatten(1).std(1).tolist() for t in ssm]
@@ -1079,41 +1055,34 @@ def test_evaluation_equals_brute_force(monkeypatch):
 @torch.no_grad()
 def test_remembrance_equals_brute_force(monkeypatch):
     """Total variation between the predictions after the whole text and after its end, whatever the segments are."""
-    model, N = tiny_model().float(), 50
-    tokens = random_ids(1, 1000)[0].numpy()
-    starts = eval_long.choose_starts(tokens, N, 3, 0)
-    idx = torch.from_numpy(tokens[starts[:, None] + np.arange(N)])
+    model, (tokens, starts, idx) = tiny_model().float(), some_sequences(3, 50)
     for at_once in (1, 20, 10**6):
         monkeypatch.setattr(eval_long, "TOKENS_AT_ONCE", at_once)
-        rows = eval_long.remembrance(model, tokens, starts, N, 8, tqdm(disable=True))
+        rows = eval_long.remembrance(model, tokens, starts, 50, 8, NO_BAR)
         assert [row["context"] for row in rows] == [1, 2, 4, 8, 16, 32]
         for row in rows:
-            p, q = (model(i)[0][:, -1].double().softmax(-1) for i in (idx, idx[:, -row["context"] :]))
-            variation = torch.minimum(p, q).sum(1).neg() + 1  # = half of the sum of |p - q|
+            p, q = (model(idx[:, i:50])[0][:, -1].double().softmax(-1) for i in (0, 50 - row["context"]))
+            variation = 1 - torch.minimum(p, q).sum(1)  # = half of the sum of |p - q|
             assert row["remembrance"] > 0 and abs(row["remembrance"] - variation.mean()) < 1e-5
 
 
 @torch.no_grad()
 def test_cost_of_initial_states_equals_brute_force():
     """True context: the text after its past in one pass. Foreign: after another past. Noise and fitted cost something."""
-    model, T, length = tiny_model().float(), 2, 20
-    past = 128 * T
-    tokens = random_ids(1, 2000)[0].numpy()
-    starts = eval_long.choose_starts(tokens, past + length, 4, 0)
-    rows = eval_long.init_state(model, tokens, starts, length, T, tqdm(disable=True))
+    past, length = 128 * 2, 20
+    model, (tokens, starts, idx) = tiny_model().float(), some_sequences(4, past + length)
+    rows = eval_long.init_state(model, tokens, starts, length, 2, NO_BAR)
     assert len({(row["from"], row["to"]) for row in rows}) == 6 and len(rows) == 30
-    idx = torch.from_numpy(tokens[starts[:, None] + np.arange(past + length + 1)])
-    zero = model.per_token_nll(idx[:, past:-1], idx[:, past + 1 :])[0]
-    true = model.per_token_nll(idx[:, :-1], idx[:, 1:])[0][:, past:]
     state = model.hidden(idx[:, :past])[1]
     foreign = [(torch.zeros_like(conv), ssm[[3, 0, 1, 2]]) for conv, ssm in state]
-    foreign = model.per_token_nll(idx[:, past:-1], idx[:, past + 1 :], foreign)[0]
+    text = idx[:, past:-1], idx[:, past + 1 :]
+    expected = {"zero": model.per_token_nll(*text)[0], "foreign": model.per_token_nll(*text, foreign)[0],
+                "true": model.per_token_nll(idx[:, :-1], idx[:, 1:])[0][:, past:]}  # fmt: skip
     for row in rows:
-        expected = {"zero": zero, "true": true, "foreign": foreign}.get(row["start"])
-        if expected is not None:
-            span = slice(row["from"], row["to"])
-            assert abs(row["nll"] - expected[:, span].mean()) < 1e-5
-            assert abs(row["cost"] - (expected - zero)[:, span].mean()) < 1e-5
+        span = slice(row["from"], row["to"])
+        if row["start"] in expected:
+            nll, zero = (expected[start][:, span].mean() for start in (row["start"], "zero"))
+            assert abs(row["nll"] - nll) < 1e-5 and abs(row["cost"] - (nll - zero)) < 1e-5
         else:
             assert row["cost"] != 0
 
@@ -1129,18 +1098,11 @@ def test_sequences_do_not_overlap():
         eval_long.choose_starts(tokens, 250, 4, 0)
 
 
-def evaluate_runs(*argv):
-    try:
-        return eval_long.main(list(argv)) or 0
-    except SystemExit as stop:
-        return stop.code
-
-
 def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
     """Two runs, Ctrl-C in the second: what the first one gave is kept, and not computed again. A table, results.jsonl, a
     figure; another call uses what is known; errors name what to do, and change nothing."""
     for mode in ("zero", "prev"):
-        assert run_train(work, f"--init_state={mode}", "--steps=2") == 0
+        assert run_train(f"--init_state={mode}", "--steps=2") == 0
     runs, flags = ["out/zero", "out/prev"], ["--max_len=512", "--sequences=4", "--out=ev", "--device=cpu"]
     function, *rest = eval_long.MEASURES["perplexity"]
 
@@ -1151,21 +1113,21 @@ def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(eval_long.MEASURES, "perplexity", (interrupted, *rest))
-        evaluate_runs(*runs, *flags)
-    assert evaluate_runs(*runs, *flags) == 0
+        evaluate(*runs, *flags)
+    assert evaluate(*runs, *flags) == 0
     rows, out = read_jsonl("ev/results.jsonl"), capsys.readouterr().out
     assert [row["to"] for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512] and Path("ev/perplexity.png").exists()
     assert "out/zero is in ev/results.jsonl already" in out and all(f"{row['perplexity']:.2f}" in out for row in rows)
-    assert evaluate_runs("out/zero", "--out=ev/results.jsonl/x") == 2 and "no folder" in capsys.readouterr().err
+    assert evaluate("out/zero", "--out=ev/results.jsonl/x") == 2 and "no folder" in capsys.readouterr().err
     content = Path("ev/results.jsonl").read_bytes()
-    assert evaluate_runs(*runs, *flags) == 0 and Path("ev/results.jsonl").read_bytes() == content
+    assert evaluate(*runs, *flags) == 0 and Path("ev/results.jsonl").read_bytes() == content
     for measure in ("remembrance --max_len=64", "init_state --max_len=32", "perplexity --max_len=512 --dt_scale=0.5"):
-        assert evaluate_runs(*runs, "--sequences=4", "--out=ev", "--device=cpu", *f"--measure={measure}".split()) == 0
+        assert evaluate(*runs, "--sequences=4", "--out=ev", "--device=cpu", *f"--measure={measure}".split()) == 0
         assert Path(f"ev/{measure.split()[0]}.png").exists()
     assert len({row["nll"] for row in read_jsonl("ev/results.jsonl") if row.get("to") == 512}) == 4
     content = Path("ev/results.jsonl").read_bytes()
-    assert run_train(work, "--tokenizer=bpe300", "--steps=1", "--out=other") == 0
-    assert evaluate_runs("out/zero", "other", "--max_len=64", "--out=ev") == 2
+    assert run_train("--tokenizer=bpe300", "--steps=1", "--out=other") == 0
+    assert evaluate("out/zero", "other", "--max_len=64", "--out=ev") == 2
     assert "different tokenizers" in capsys.readouterr().err and Path("ev/results.jsonl").read_bytes() == content
 
 
@@ -1185,7 +1147,7 @@ def test_denormal_numbers_cost_nothing():
 def peaks():
     eval_long.TOKENS_AT_ONCE, tokens = 2048, random_ids(1, 40000)[0].numpy()
     for length in (2048, 32768):
-        eval_long.perplexity(tiny_model().float(), tokens, np.array([0]), length, 32, tqdm(disable=True))
+        eval_long.perplexity(tiny_model().float(), tokens, np.array([0]), length, 32, NO_BAR)
         print(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -1221,7 +1183,7 @@ def test_base_run_is_small_and_cannot_be_resumed(capsys):
     """results/base: weights only, below 3 MB; --resume is refused in one line that says what to do instead."""
     folder = ROOT / "results/base"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 2**20
-    assert run_train("python", f"--out={folder}", "--resume") == 2
+    assert run_train(f"--out={folder}", "--resume") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--init_from" in error
     model, checkpoint = load_run(folder)
@@ -1239,10 +1201,10 @@ def test_commands_in_the_readme_run(work, monkeypatch, request):
         monkeypatch.setitem(eval_long.MEASURES, name, (function, 128, *rest))
     read = data.read_documents
     monkeypatch.setattr(data, "SAMPLES", 500)
-    monkeypatch.setattr(data, "read_documents", lambda dataset: read(str(work) if dataset == "python" else dataset))
+    monkeypatch.setattr(data, "read_documents", lambda dataset: read("a text.txt" if dataset == "python" else dataset))
     Path("my_texts").mkdir()
     for i in range(6):
-        Path(f"my_texts/{i}.txt").write_text(TEXT, encoding="utf-8")
+        shutil.copy("a text.txt", f"my_texts/{i}.txt")
     shutil.copytree(ROOT / "results/base", "results/base")
     if importlib.util.find_spec("tokenizers"):
         request.getfixturevalue("official")(official_model()).rename("mamba2-130m")
