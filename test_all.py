@@ -393,12 +393,13 @@ def test_initialisation():
         assert part.floor().long().tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("changes,message", [({"headdim": 7}, "headdim"), ({"ngroups": 3}, "ngroups"), ({"chunk": 0}, "chunk"),
-                                             ({"A_init_range": (0, 1)}, "A_init_range"), ({"dt_min": 1}, "dt_min")])  # fmt: skip
-def test_config_says_what_is_wrong(changes, message):
+@pytest.mark.parametrize(
+    "field, value", [("headdim", 7), ("ngroups", 3), ("chunk", 0), ("A_init_range", (0, 1)), ("dt_min", 1)]
+)
+def test_config_says_what_is_wrong(field, value):
     """An impossible configuration is a ValueError that names the field."""
-    with pytest.raises(ValueError, match=message):
-        tiny_model(**changes)
+    with pytest.raises(ValueError, match=field):
+        tiny_model(**{field: value})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -431,44 +432,34 @@ def test_tokenizers_are_lossless():
 
 def test_bpe_merges_the_most_frequent_pair():
     """The learnt tokens, against pairs counted again from scratch after each merge."""
-    found = re.findall(data.PATTERN, TEXT)
-    once = {word for word, n in Counter(found).items() if n == 1}  # these are left out
-    words = [[bytes([byte]) for byte in word.encode()] for word in found if word not in once]
+    counted = Counter(re.findall(data.PATTERN, TEXT))
+    words = [[bytes([byte]) for byte in word.encode()] for word in counted.elements() if counted[word] > 1]
     ranks = data.train_bpe([TEXT], 256 + 30 + 1)
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.get):
-        counts = {}
-        for word in words:
-            for pair in map(bytes.__add__, word, word[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
-        assert counts[token] == max(counts.values())
+        pairs = Counter(pair for word in words for pair in map(bytes.__add__, word, word[1:]))
+        assert pairs[token] == max(pairs.values())
         for word in words:
             for j in range(len(word) - 1, 0, -1):
                 if j < len(word) and word[j - 1] + word[j] == token:
                     word[j - 1 : j + 1] = [token]
 
 
-def test_corpus_is_cached_and_damage_is_found(work, monkeypatch):
-    """Prepared once, the same afterwards; a file that is cut or has one flipped bit is refused in a line."""
-    first, cut = data.load_corpus("a text.txt", "bpe300"), len(TEXT) * 4 // 5
-    parts = [first.tokenizer.decode(ids.tolist()) for ids in (first.train, first.val)]
-    assert parts == [TEXT[:cut] + data.SEPARATOR, TEXT[cut:] + data.SEPARATOR]
+def test_corpus_is_prepared_once_and_damage_is_found(work, monkeypatch):
+    """Two processes prepare it at once, and leave whole files and nothing else, which are used from then on; a file that is
+    cut or has one flipped bit is refused in a line."""
+    command = [sys.executable, ROOT / "data.py", "--dataset=a text.txt", "--tokenizer=bpe300"]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0] and len(list(Path("data").glob("*/*"))) == 3
     monkeypatch.setattr(data, "train_bpe", None)
-    again = data.load_corpus("a text.txt", "bpe300")
-    assert (again.train == first.train).all() and again.hash == first.hash
-    path = next(path for path in Path("data").rglob("*-val-*.npy"))
+    corpus, cut = data.load_corpus("a text.txt", "bpe300"), len(TEXT) * 4 // 5
+    texts = [corpus.tokenizer.decode(ids.tolist()) for ids in (corpus.train, corpus.val)]
+    assert texts == [TEXT[:cut] + data.SEPARATOR, TEXT[cut:] + data.SEPARATOR]
+    path = next(Path("data").rglob("*-val-*.npy"))
     content = path.read_bytes()
     for damaged in (content[:-2], content[:-1] + bytes([content[-1] ^ 1]), content[:50], b""):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"is damaged"):
             data.load_corpus("a text.txt", "bpe300")
-
-
-def test_two_processes_prepare_the_same_corpus(work):
-    """At once: both end well, with whole files, and leave nothing else behind."""
-    command = [str(ROOT / "data.py"), "--dataset=a text.txt", "--tokenizer=bpe300"]
-    processes = [subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert len(list(Path("data").glob("*/*"))) == 3 and run_python(*command, folder=".")
 
 
 def test_dataset_from_an_address(work):
@@ -610,8 +601,9 @@ def test_fitted_noise_has_the_moments_of_final_states():
 # ----------------------------------------------------------------------------------------------------------------------
 # Training, resuming
 
-SMALL = ["--dataset=a text.txt", "--tokenizer=byte", "--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--chunk=8",
-         "--seq_len=8", "--batch_size=4", "--device=cpu", "--log_every=2", "--val_every=100"]  # fmt: skip
+SIZES = {"d_model": 16, "n_layer": 2, "d_state": 8, "headdim": 8, "chunk": 8, "seq_len": 8, "batch_size": 4}
+SMALL = [*(f"--{name}={size}" for name, size in SIZES.items()), "--dataset=a text.txt", "--tokenizer=byte", "--device=cpu",
+         "--log_every=2", "--val_every=100"]  # fmt: skip
 
 
 def exit_code(main, *argv):
@@ -678,8 +670,7 @@ def test_interrupted_at_any_moment(work, mode):
                 time.sleep(0.01)
         errors = process.communicate()[1]
         assert "Error" not in errors, errors
-    assert run_train(*flags, "--out=cut", *resume()) == 0
-    assert run_train(*flags, "--out=whole") == 0
+    assert run_train(*flags, "--out=cut", *resume()) == run_train(*flags, "--out=whole") == 0
     assert_same_weights("cut", "whole")
 
 
@@ -925,23 +916,22 @@ def test_every_number_refuses_nonsense(work, capsys):
 
 @pytest.fixture
 def official(tmp_path):
-    """-> function(model) that writes it as a mamba_ssm folder, with a tokenizer of the kind that GPT-NeoX has."""
+    """-> function that writes official_model, or one of other fields, as a mamba_ssm folder with a tokenizer like GPT-NeoX's."""
     bpe = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(unicode_normalizer="nfc")
     code = ["def hello(world):\n    return world\n" * 9]
     bpe.train_from_iterator(code, 300, special_tokens=[data.SEPARATOR], show_progress=False)
     bpe.add_tokens(["  ", "    "])
 
-    def write(model, **changes):
-        config, folder = model.config, tmp_path / "official model \u00e9"
+    def write(ssm_cfg=(), **changes):
+        folder = tmp_path / "official model \u00e9"
         folder.mkdir(exist_ok=True)
-        fields = {"d_model": config.d_model, "d_intermediate": 0, "n_layer": config.n_layer, "vocab_size": 300,
-                  "ssm_cfg": {"layer": "Mamba2", "d_state": config.d_state, "headdim": config.headdim, "chunk_size": 256},
-                  "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True,
-                  "pad_vocab_size_multiple": 16, "tie_embeddings": True}  # fmt: skip
-        fields["ssm_cfg"] |= changes.pop("ssm_cfg", {})
+        fields = {"d_model": 32, "d_intermediate": 0, "n_layer": 2, "vocab_size": 300, "attn_layer_idx": [], "attn_cfg": {},
+                  "ssm_cfg": {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 256} | dict(ssm_cfg),
+                  "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 16,
+                  "tie_embeddings": True}  # fmt: skip
         (folder / "config.json").write_text(json.dumps(fields | changes))
-        torch.save(model.half().state_dict(), folder / "pytorch_model.bin")
         (folder / "tokenizer.json").write_text(bpe.to_str())
+        torch.save(official_model().state_dict(), folder / "pytorch_model.bin")
         return folder
 
     return write
@@ -949,7 +939,7 @@ def official(tmp_path):
 
 def official_model():
     torch.manual_seed(0)
-    return Mamba2LM(Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16))  # 300 ids, padded to 304
+    return Mamba2LM(Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16)).half()  # 300 ids, padded to 304
 
 
 @torch.no_grad()
@@ -957,11 +947,10 @@ def official_model():
 def test_transformers_computes_the_same(groups, tied, l, tmp_path):
     """Our weights there, theirs here: the same logits, after a text and going on from the state that it left."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 16, "ngroups": groups, "tie_embeddings": tied}
-    ours = Mamba2LM(Mamba2Config(61, **sizes)).eval()
-    sizes = {name: sizes[mine] for name, mine in model_file.TRANSFORMERS.items() if mine in sizes}
-    config = transformers.Mamba2Config(vocab_size=61, num_heads=4, chunk_size=8, **sizes)
-    theirs = transformers.Mamba2ForCausalLM(config)
+    config = Mamba2Config(61, d_model=32, n_layer=2, d_state=16, headdim=16, ngroups=groups, tie_embeddings=tied)
+    ours = Mamba2LM(config).eval()
+    sizes = {theirs: getattr(config, name) for theirs, name in model_file.TRANSFORMERS.items()}
+    theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(num_heads=4, chunk_size=8, **sizes))
     theirs.load_state_dict({name.replace("embedding.", "embeddings."): w for name, w in ours.state_dict().items()})
     theirs.eval().save_pretrained(tmp_path)
     back, checkpoint = load_run(tmp_path)
@@ -982,17 +971,15 @@ def test_transformers_computes_the_same(groups, tied, l, tmp_path):
 
 def test_official_folder_is_read_or_refused_by_name(official):
     """float16 weights come as float32; a field, a vocabulary or a pickle that does not fit is named."""
-    model = official_model()
-    folder = official(model)
-    back = load_run(folder)[0]
-    assert_close(back.state_dict(), model.float().state_dict(), rtol=0, atol=0)
+    folder = official()
+    assert_close(load_run(folder)[0].state_dict(), official_model().float().state_dict(), rtol=0, atol=0)
     for changes, message in (({"attn_layer_idx": [1]}, "attn_layer_idx"), ({"d_intermediate": 64}, "d_intermediate"),
                              ({"ssm_cfg": {"layer": "Mamba1"}}, "layer=Mamba1"), ({"vocab_size": 280}, "vocab_size=280"),
                              ({"ssm_cfg": {"new_thing": 1}}, "new_thing=1"), ({"d_model": 48}, "size mismatch"),
                              ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            load_run(official(model, **changes))
-    official(model)
+            load_run(official(**changes))
+    official()
     torch.save({"backbone": os.system}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="not a whole checkpoint"):
         load_run(folder)
@@ -1002,7 +989,7 @@ def test_hugging_face_tokenizer_gives_the_same_ids(official):
     """Behind our calls: the same ids as from the library, NFC and runs of spaces included; the file stays as it is."""
     from tokenizers import Tokenizer
 
-    folder = official(official_model())
+    folder = official()
     ours, theirs = data.load_tokenizer(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in ("def  hello(cafe\u0301):\n        return\t1\n", "   ", "\u65e5\u672c \U0001f600 a<b", ""):
         assert ours.encode_ordinary(text) == theirs.encode(text, add_special_tokens=False).ids
@@ -1192,10 +1179,8 @@ def test_base_run_is_small_and_cannot_be_resumed(capsys):
 
 def test_commands_in_the_readme_run(work, monkeypatch, request):
     """In its order, as they stand there, but for tiny presets, two steps and short texts."""
-    tiny = {"d_model": 16, "n_layer": 2, "d_state": 8, "headdim": 8, "seq_len": 8, "chunk": 8, "batch_size": 4,
-            "tokenizer": "byte", "steps": 2}  # fmt: skip
     for name, preset in train.PRESETS.items():
-        monkeypatch.setitem(train.PRESETS, name, preset | tiny)
+        monkeypatch.setitem(train.PRESETS, name, preset | SIZES | {"tokenizer": "byte", "steps": 2})
     monkeypatch.setitem(train.POST_TRAINING, "steps", 2)
     for name, (function, _, *rest) in eval_long.MEASURES.items():
         monkeypatch.setitem(eval_long.MEASURES, name, (function, 128, *rest))
@@ -1207,7 +1192,7 @@ def test_commands_in_the_readme_run(work, monkeypatch, request):
         shutil.copy("a text.txt", f"my_texts/{i}.txt")
     shutil.copytree(ROOT / "results/base", "results/base")
     if importlib.util.find_spec("tokenizers"):
-        request.getfixturevalue("official")(official_model()).rename("mamba2-130m")
+        request.getfixturevalue("official")().rename("mamba2-130m")
     done = []
     for script, flags in re.findall(r"^    .*?python (train|eval_long)\.py\b([^\n&#]*)", README, flags=re.MULTILINE):
         if "https:" in flags or "mamba2-130m" in flags and not Path("mamba2-130m").exists():
