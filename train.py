@@ -93,7 +93,7 @@ class InitialState:
     def zeros(self, b: int) -> int:
         """How many of b sequences start from zero: always the first ones, so that the chains of the others grow long."""
         zeros = WORLD * b - round(self.init_prob * WORLD * b)
-        return b if self.mode == "zero" else min(max(zeros - RANK * b, 0), b)
+        return min(max(zeros - RANK * b, 0), b)
 
     def draw(self, model: Mamba2LM, b: int, step: int) -> State | None:
         if self.mode == "zero":
