@@ -209,12 +209,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(given: dict) -> tuple[dict, Path, Mamba2LM | None, dict | None]:
+def resolve(given: dict, resuming: bool, benching: bool) -> tuple[dict, Path, Mamba2LM | None, dict | None]:
     """The flags given -> (all flags, the folder, what to start from: the model and the checkpoint of a run, or None).
     ValueError says which flag is wrong. Nothing is written."""
-    out = Path(given.get("out", f"out/{given.get('init_state', DEFAULTS['init_state'])}"))
-    benching = given.pop("bench", False)
-    if given.pop("resume", False):
+    out = Path(given.get("out", f"out/{(DEFAULTS | given)['init_state']}"))
+    if resuming:
         check_can_write(out)
         model, checkpoint = load_run(out)
         if "optimizer" not in checkpoint:
@@ -227,7 +226,7 @@ def resolve(given: dict) -> tuple[dict, Path, Mamba2LM | None, dict | None]:
             check_can_write(out.parent)
         if (not out.name or out.is_file() or out.is_dir() and any(out.iterdir())) and not benching:
             raise ValueError(f"{out} is not empty: go on with its run by --resume, or name another folder with --out")
-        args, fixed, why = DEFAULTS | PRESETS[given.get("preset", DEFAULTS["preset"])], set(), ""
+        args, fixed, why = DEFAULTS | PRESETS[(DEFAULTS | given)["preset"]], set(), ""
         if "init_from" in given:
             model, checkpoint = load_run(given["init_from"])
             fixed, why = {*MODEL_FLAGS, "seq_len", "tokenizer", "preset"}, f"--init_from={given['init_from']}"
@@ -317,14 +316,13 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = make_parser()
     try:
         given = vars(parser.parse_args(argv))
-        resuming, benching = "resume" in given, "bench" in given  # resolve takes them out
-        args, out, model, checkpoint = resolve(given)
+        resuming, benching = given.pop("resume", False), given.pop("bench", False)
+        args, out, model, checkpoint = resolve(given, resuming, benching)
         if resuming and checkpoint["step"] >= args["steps"]:
             return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
-        if resuming and checkpoint.get("processes", 1) != WORLD:
-            raise ValueError(
-                f"{out} was trained by {checkpoint.get('processes', 1)} processes, not {WORLD}: take as many"
-            )
+        processes = checkpoint.get("processes", 1) if resuming else WORLD
+        if processes != WORLD:
+            raise ValueError(f"{out} was trained by {processes} processes, not {WORLD}: take as many")
         device = choose_device(args["device"])
         if args["dtype"] == "auto":
             args["dtype"] = choose_dtype(device)
