@@ -367,43 +367,43 @@ def main(argv: list[str] | None = None) -> int | None:
     net = model if WORLD == 1 else torch.nn.parallel.DistributedDataParallel(model)
 
     # A step, all that depends on it, and what is saved.
-    step, log, origin = 0, out / "log.jsonl", provenance(corpus)
+    step, log, origin, size = 0, out / "log.jsonl", provenance(corpus), b // args["grad_accum"]
+    parts = [slice(first, first + size) for first in range(0, b, size)]  # of the rows of a batch
 
-    def batch_of(step):
-        batch = own(random_windows(corpus.train, WORLD * b, T, args["seed"], step))
+    def batch_of(step):  # (b, T + 1)
+        place = corpus.train, WORLD * b, T, args["seed"], step
+        batch = own(random_windows(*place))
         if args["init_state"] == "tbtt":
-            zeros = init.zeros(b)
-            batch[zeros:] = own(next_windows(corpus.train, WORLD * b, T, args["seed"], step))[zeros:]
-        batch = batch.to(device)
-        return batch[:, :-1], batch[:, 1:]
+            batch[init.zeros(b) :] = own(next_windows(*place))[init.zeros(b) :]
+        return batch.to(device)
 
-    def rows_of(state, rows):
-        return state and [[t if t is None else t[rows] for t in layer] for layer in state]
+    def forward_backward(net, batch, start, rows):  # of one of the parts that a batch is taken in
+        with autocast:
+            start = start and [[t if t is None else t[rows] for t in layer] for layer in start]
+            _, loss, state = net(batch[rows, :-1], batch[rows, 1:], start)
+        loss = loss / args["grad_accum"]
+        loss.backward()
+        return loss.detach(), [[t.detach() for t in layer] for layer in state]
 
     def train_step(step):
-        idx, targets = batch_of(step)
+        batch, start = batch_of(step), init.draw(model, b, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["scale"]
         optimizer.zero_grad()
-        start, states, mean_loss = init.draw(model, b, step), [], torch.zeros((), device=device)
-        size = b // args["grad_accum"]
-        for first in range(0, b, size):
-            rows, last = slice(first, first + size), first + size == b
-            with contextlib.nullcontext() if last or WORLD == 1 else net.no_sync():  # gradients are exchanged once
-                with autocast:
-                    _, loss, state = net(idx[rows], targets[rows], rows_of(start, rows))
-                (loss / args["grad_accum"]).backward()
-            mean_loss += loss.detach() / args["grad_accum"]
-            states.append([[t.detach() for t in layer] for layer in state])
+        results = []
+        for rows in parts:  # processes exchange their gradients once, after the last one
+            with net.no_sync() if WORLD > 1 and rows is not parts[-1] else contextlib.nullcontext():
+                results.append(forward_backward(net, batch, start, rows))
+        losses, states = zip(*results)
         state = states[0] if len(states) == 1 else [[torch.cat(t) for t in zip(*layers)] for layers in zip(*states)]
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         if torch.isfinite(grad_norm):
             optimizer.step()
-        return mean_over_processes(mean_loss).item(), grad_norm.item(), state, init.observe(state)
+        return mean_over_processes(sum(losses)).item(), grad_norm.item(), state, init.observe(state)
 
     def fit(step, rate):
         with torch.no_grad(), autocast, eager():
-            init.fit(model.hidden(batch_of(step)[0])[1], rate)
+            init.fit(model.hidden(batch_of(step)[:, :-1])[1], rate)
 
     def save(folder):
         memory = init.memory
@@ -428,9 +428,7 @@ def main(argv: list[str] | None = None) -> int | None:
         for block in model.backbone.layers:  # the blocks only: with the embedding, two threads gave two results
             block.compile(**compile_options(device))
         try:
-            rows = slice(b // args["grad_accum"])
-            with autocast:
-                model(*(ids[rows] for ids in batch_of(step)), rows_of(init.draw(model, b, step), rows))[1].backward()
+            forward_backward(model, batch_of(step), init.draw(model, b, step), parts[0])
             print(f"compiled  in {time.perf_counter() - start:.0f} s")
         except Exception as error:  # noqa: BLE001 (whatever the compiler raises)
             eager()  # no "with": from here on nothing is compiled
