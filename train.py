@@ -348,17 +348,16 @@ def main(argv: list[str] | None = None) -> int | None:
     # From here on nothing is wrong with the flags. First the optimizer, in three groups.
     model.to(device).train()
     config.backend = None if args["backend"] == "auto" else args["backend"]
-    parameters = list(model.parameters())
     rates = [p for name, p in model.named_parameters() if name.endswith(("A_log", "dt_bias"))]
-    others = [p for p in parameters if all(p is not rate for rate in rates)]
+    others = [p for name, p in model.named_parameters() if not name.endswith(("A_log", "dt_bias"))]
     groups = [{"params": [p for p in others if p.dim() > 1], "weight_decay": WEIGHT_DECAY, "scale": 1.0},
               {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "scale": 1.0},
               {"params": rates, "weight_decay": 0.0, "scale": args["rates_lr"]}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=args["lr"], betas=BETAS, fused=device.type != "mps")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args["dtype"] == "bfloat16")
     init = InitialState(args, device, checkpoint["init_state"] if resuming else None)
-    print(f"model     {sum(p.numel() for p in parameters):,} parameters, {config.n_layer} layers of {config.nheads} heads, "
-          f"a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
+    print(f"model     {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layer} layers of "
+          f"{config.nheads} heads, a state of {config.n_layer * config.d_inner * config.d_state:,} numbers")  # fmt: skip
     print(f"device    {device}, matrix products in {args['dtype']}")
     print("flags    ", *(f"{name}={args[name]}" for name in ("lr", "rates_lr", "init_prob", "seed", "compile")))
     print(f"memory    about {(lasting + backward) / 2**20:,.0f} MB, {backward / 2**20:,.0f} of them for the backward")
@@ -396,7 +395,7 @@ def main(argv: list[str] | None = None) -> int | None:
                 results.append(forward_backward(net, batch, start, rows))
         losses, states = zip(*results)
         state = states[0] if len(states) == 1 else [[torch.cat(t) for t in zip(*layers)] for layers in zip(*states)]
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         if torch.isfinite(grad_norm):
             optimizer.step()
         return mean_over_processes(sum(losses)).item(), grad_norm.item(), state, init.observe(state)
