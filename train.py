@@ -300,7 +300,7 @@ def provenance(corpus: Corpus) -> dict:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit = None
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "platform": platform.platform()}
     return {"corpus_hash": corpus.hash, "tokenizer_hash": hash_of(tokenizer_json(corpus.tokenizer)), "versions": versions,
@@ -444,8 +444,7 @@ def main(argv: list[str] | None = None) -> int | None:
     elif RANK == 0:
         made = out.with_name(f".{out.name}.{os.getpid()}")  # renamed when whole: a run folder can always be resumed
         save(made)
-        facts = json.dumps({"argv": sys.argv, "args": args, **origin}, indent=2)
-        write_whole(made / "args.json", facts.encode())
+        write_whole(made / "args.json", json.dumps({"argv": sys.argv, "args": args, **origin}, indent=2).encode())
         write_whole(made / "tokenizer.json", tokenizer_json(corpus.tokenizer).encode())
         if out.exists():
             out.rmdir()  # it is empty
@@ -495,9 +494,8 @@ def main(argv: list[str] | None = None) -> int | None:
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             losses, times = [], []
-        due = step % args["save_every"] == 0 and step < args["steps"]  # the last one comes after the loop
-        if due and not skipped_in_a_row:
-            save(out)
+        if step % args["save_every"] == 0 and step < args["steps"] and not skipped_in_a_row:
+            save(out)  # the last one comes after the loop
     bar.close()
     save(out)
     if step < args["steps"]:
