@@ -237,31 +237,29 @@ def print_perplexity(results: dict[str, list[dict]]) -> None:
 def panels(measure: str, results: dict[str, list[dict]]) -> list[tuple]:
     """results {run: rows} -> [(title, label of y, {label: (key of COLORS, or a colour, [(x, y, error)])})], one a picture"""
 
-    def lines(x, y, keep=lambda row: True, error=None):
-        found = {
-            run: [(row[x], row[y], row.get(error or f"{y}_se")) for row in rows if keep(row)]
-            for run, rows in results.items()
-        }
-        return {run: (results[run][0]["init_state"], points) for run, points in found.items()}
+    def points(rows, x, y, **where):  # of those rows where, for example, N=4096
+        error = "nll_se" if y == "perplexity" else f"{y}_se"  # in nats: a perplexity has a factor as its error
+        return [(row[x], row[y], row.get(error)) for row in rows if where.items() <= row.items()]
+
+    def lines(x, y, **where):
+        return {run: (rows[0]["init_state"], points(rows, x, y, **where)) for run, rows in results.items()}
 
     if measure == "perplexity":
         labels = {"perplexity": "perplexity", "excess": "excess over a restart (nats/token)",
                   "state_std": "standard deviation of the state"}  # fmt: skip
-        errors = {"perplexity": "nll_se"}  # in nats: perplexities have a factor as their error
-        return [("", label, lines("to", name, error=errors.get(name))) for name, label in labels.items()]
+        return [("", label, lines("to", name)) for name, label in labels.items()]
     if measure == "remembrance":
+        label = "Effective Remembrance (total variation)"
         lengths = sorted({row["N"] for rows in results.values() for row in rows})
-        return [(f"after {N:,} tokens", "Effective Remembrance (total variation)",
-                 lines("context", "remembrance", lambda row, N=N: row["N"] == N)) for N in lengths]  # fmt: skip
+        return [(f"after {N:,} tokens", label, lines("context", "remembrance", N=N)) for N in lengths]
     if measure == "recall":
         depths = {row["depth"]: f"depth {row['depth']}" for rows in results.values() for row in rows}
         return [("" if depth is None else title, "share of the answers' tokens that are right",
-                 lines("to", "accuracy", lambda row, depth=depth: row["depth"] == depth))
-                for depth, title in depths.items()]  # fmt: skip
+                 lines("to", "accuracy", depth=depth)) for depth, title in depths.items()]  # fmt: skip
     starts = ("noise", "fitted", "foreign", "true")
     return [(run, "cost of the initial state (nats/token)",
-             {start: (start, [(row["to"], row["cost"], row["cost_se"]) for row in rows if row["start"] == start])
-              for start in starts}) for run, rows in results.items()]  # fmt: skip
+             {start: (start, points(rows, "to", "cost", start=start)) for start in starts})
+            for run, rows in results.items()]  # fmt: skip
 
 
 def print_panels(pictures: list[tuple]) -> None:
