@@ -190,13 +190,13 @@ def recall(model: Mamba2LM, corpus: Corpus, starts: np.ndarray, length: int, T: 
             random, right, tokens = np.random.default_rng(0), [], []
             for _ in starts:
                 prompt, answer = map(corpus.tokenizer.encode_ordinary, make_sample(task, size, random, text, depth))
-                if len(prompt + answer) > length:
+                idx = torch.tensor([prompt + answer], device=model.lm_head.weight.device)  # (1, l)
+                if idx.numel() > length:
                     return rows
-                idx = torch.tensor([prompt + answer], device=model.lm_head.weight.device)
                 guess = model.lm_head(model.hidden(idx[:, :-1])[0][0, -len(answer) :]).argmax(-1)
                 right.append((guess == idx[0, -len(answer) :]).double().mean())
-                tokens.append(len(prompt + answer))
-                progress.update(len(prompt + answer))
+                tokens.append(idx.numel())
+                progress.update(idx.numel())
             mean, error = mean_and_error(torch.stack(right))
             rows.append({"size": size, "to": round(np.mean(tokens)), "depth": depth, "accuracy": mean,
                          "accuracy_se": error})  # fmt: skip
@@ -327,9 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     most = ", ".join(f"{name} {most}" for name, (_, _, most, *_) in MEASURES.items())
     parser.add_argument("--sequences", type=int, help=f"sequences [as many as the text has, at most {most}]")
     parser.add_argument("--seed", type=int, default=0, help="of where they begin [0]")
-    parser.add_argument(
-        "--dataset", help="python, a UTF-8 text file, a folder, an address, or a task (copy, passkey) [the runs']"
-    )
+    parser.add_argument("--dataset", help="python, a UTF-8 text file, a folder, an address, copy, passkey [the runs']")
     parser.add_argument("--part", default="val", choices=["val", "train"], help="held-out or training text [val]")
     parser.add_argument("--dt_scale", type=float, default=1.0, help="multiplies dt: below 1, the model's time goes "
                         "slower, a remedy without training [1]")  # fmt: skip
@@ -342,8 +340,8 @@ def main(argv: list[str] | None = None) -> None:
         check_can_write(args.out)
         device = choose_device(args.device)
         runs = {run: load_run(run, device) for run in args.runs}
-        tokenizers = {run: tokenizer_of(checkpoint) for run, (_, checkpoint) in runs.items()}
-        if len({tokenizer_json(tokenizer) for tokenizer in tokenizers.values()}) > 1:
+        tokenizers = [tokenizer_of(checkpoint) for _, checkpoint in runs.values()]
+        if len(set(map(tokenizer_json, tokenizers))) > 1:
             raise ValueError("these runs have different tokenizers, so their losses per token do not compare")
         datasets = {checkpoint["args"]["dataset"] for _, checkpoint in runs.values()}
         if len(datasets) > 1 and not args.dataset:
@@ -354,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--max_len={length} is less than T = {longest}, the training length")
         if args.sequences is not None and args.sequences < 1 or args.seed < 0 or not 0 < args.dt_scale <= 1e3:
             raise ValueError("--sequences should be at least 1, --seed at least 0, --dt_scale above 0, up to 1000")
-        corpus = load_corpus(args.dataset or datasets.pop(), tokenizers[args.runs[0]])
+        corpus = load_corpus(args.dataset or datasets.pop(), tokenizers[0])
         tokens = getattr(corpus, args.part)
         past = 128 * longest * (args.measure == "init_state")
         starts = choose_starts(tokens, length, args.sequences, args.seed, most, past)
@@ -385,9 +383,8 @@ def main(argv: list[str] | None = None) -> None:
             model.config.backend = None if args.backend == "auto" else args.backend
             for block in model.backbone.layers:
                 block.mixer.dt_scale = args.dt_scale
-            T = checkpoint["args"]["seq_len"]
-            facts = {"run": run, "init_state": checkpoint["args"]["init_state"], "step": checkpoint["step"],
-                     "seq_len": T}  # fmt: skip
+            T, mode = (checkpoint["args"][name] for name in ("seq_len", "init_state"))
+            facts = {"run": run, "init_state": mode, "step": checkpoint["step"], "seq_len": T}
             total = len(starts) * length * passes
             with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=RANK > 0 or None) as bar:
                 rows = measure(model, corpus if measure is recall else tokens, starts, length, T, bar)
