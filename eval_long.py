@@ -102,8 +102,8 @@ def perplexity(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: 
         full[:, bucket] += nll[:, 0 if begin else half :].cpu().double().sum(1)
         restarted[:, bucket] += window_nll.view(b, -1, T)[..., half:].sum((1, 2))
         # the last segment of a bucket stays
-        stds[bucket] = [torch.cat([ssm.flatten() for _, ssm in state]).std().item(),
-                        [[round(std, 5) for std in ssm.std((0, 2, 3)).tolist()] for _, ssm in state]]  # fmt: skip
+        stds[bucket] = {"state_std": torch.cat([ssm.flatten() for _, ssm in state]).std().item(),
+                        "head_std": [[round(std, 5) for std in ssm.std((0, 2, 3)).tolist()] for _, ssm in state]}  # fmt: skip
         progress.update(WORLD * b * (end - begin) * half)
         begin = end
     if WORLD > 1:  # (of the state's standard deviation, process 0 gives that over its own sequences)
@@ -117,7 +117,7 @@ def perplexity(model: Mamba2LM, tokens: np.ndarray, starts: np.ndarray, length: 
         mean, error = mean_and_error(difference)
         rows.append({"from": begin, "to": end, "tokens": b * (end - begin), "nll": nll.mean().item(),
                      "perplexity": math.exp(nll.mean()), "excess": mean, "excess_se": error,
-                     "window_loss": window_nats / window_tokens, "state_std": stds[i][0], "head_std": stds[i][1]})  # fmt: skip
+                     "window_loss": window_nats / window_tokens} | stds[i])  # fmt: skip
     return rows
 
 
