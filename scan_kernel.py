@@ -471,22 +471,19 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, init_state: Tens
         if not ok:
             raise ValueError(f"ssd: {name} should be {expected}, not {got}")
 
-    def check_shape(name, tensor, *shape):
-        check(tuple(tensor.shape) == shape, name, f"of shape {shape}", tuple(tensor.shape))
-
     wide = torch.promote_types(x.dtype, torch.float32)
     check(x.dim() == 4 and x.shape[1] > 0, "x", "of shape (b, l, h, p) with l >= 1", tuple(x.shape))
     b, l, h, p = x.shape
     check(B.dim() == 4 and B.shape[2] > 0 and h % B.shape[2] == 0, "B", f"(b, l, g, n), {h} % g == 0", tuple(B.shape))
-    check_shape("dt", dt, b, l, h)
-    check_shape("A", A, h)
-    check_shape("B", B, b, l, *B.shape[2:])
-    check_shape("C", C, *B.shape)
+    g, n = B.shape[2:]
+    shapes = {"dt": (dt, b, l, h), "A": (A, h), "B": (B, b, l, g, n), "C": (C, b, l, g, n)}
     dtypes = x.dtype, B.dtype, C.dtype
     check(x.dtype.is_floating_point and len({*dtypes}) == 1, "x, B, C", "of one float dtype", dtypes)
     if init_state is not None:
-        check_shape("init_state", init_state, b, h, p, B.shape[3])
+        shapes["init_state"] = (init_state, b, h, p, n)
         check(init_state.dtype == wide, "init_state", wide, init_state.dtype)
+    for name, (tensor, *shape) in shapes.items():
+        check([*tensor.shape] == shape, name, f"of shape {tuple(shape)}", tuple(tensor.shape))
     check(chunk > 0 and chunk & (chunk - 1) == 0, "chunk", "a power of two", chunk)
     why_not = why_not_triton(x, B)
     backend = backend or ("triton" if x.is_cuda and why_not is None else "torch")
