@@ -24,7 +24,6 @@ Dimensions, the same letters in every file:
 from __future__ import annotations
 
 import os
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -115,7 +114,7 @@ class ChunkedSSD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, S, chunk):
-        y, states, y_pasts = torch.empty_like(x), [], []
+        y, kept = torch.empty_like(x), []
         for x_c, dt_c, B_c, C_c, y_c in zip(*(t.split(chunk, dim=1) for t in (x, dt, B, C, y))):
             cs, L, CB = _decays_and_scores(dt_c, A, B_c, C_c)
             u = x_c * dt_c[..., None].to(x.dtype)  # (b, c, g, r, p)
@@ -125,11 +124,10 @@ class ChunkedSSD(torch.autograd.Function):
             if S is not None:
                 y_past = _exp(cs, x) * torch.einsum("bqgn,bgrpn->bqgrp", C_c, S.to(x.dtype))
                 y_c += y_past  # 2
-            states.append(S)
-            y_pasts.append(y_past)
+            kept += [S, y_past]
             S_new = torch.einsum("bsgrp,bsgn->bgrpn", u * _exp(cs[:, -1:] - cs, x), B_c).to(cs.dtype)  # 3
             S = S_new if S is None else S_new.addcmul_(_exp(cs[:, -1, ..., None], cs), S)  # 4
-        ctx.save_for_backward(x, dt, A, B, C, *states, *y_pasts)
+        ctx.save_for_backward(x, dt, A, B, C, *kept)
         ctx.chunk = chunk
         ctx.set_materialize_grads(False)
         return y, S
@@ -138,12 +136,10 @@ class ChunkedSSD(torch.autograd.Function):
     def backward(ctx, dy, dS):
         x, dt, A, B, C, *kept = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
-        dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
-        da = torch.empty_like(dt)
+        dx, ddt, dB, dC, da = (torch.empty_like(t) for t in (x, dt, B, C, dt))
         tensors = [t.split(ctx.chunk, dim=1) for t in (x, dt, B, C, dy, dx, ddt, dB, dC, da)]
-        chunks = list(zip(*tensors, kept[: len(kept) // 2], kept[len(kept) // 2 :]))  # with the states and y_pasts
-        for i in reversed(range(len(chunks))):
-            x_c, dt_c, B_c, C_c, dy_c, dx_c, ddt_c, dB_c, dC_c, da_c, S, y_past = chunks[i]
+        chunks = list(enumerate(zip(*tensors, kept[::2], kept[1::2])))
+        for i, (x_c, dt_c, B_c, C_c, dy_c, dx_c, ddt_c, dB_c, dC_c, da_c, S, y_past) in reversed(chunks):
             cs, L, CB = _decays_and_scores(dt_c, A, B_c, C_c)
             u = x_c * dt_c[..., None].to(x.dtype)
             E = torch.einsum("bqgrp,bsgrp->bgrqs", dy_c, u).to(cs.dtype).mul_(L)  # (b, g, r, q, s)
@@ -502,7 +498,7 @@ if __name__ == "__main__":  # every backend that this machine can run, against t
     for backend in ["torch"] + ["triton"] * (why_not_triton(x, B) is None):
         for dtype, limit in ((torch.float32, 2e-5), (torch.float16, 5e-3)):
             rounded, found = [x.to(dtype), dt, A, B.to(dtype), C.to(dtype), S], []
-            for scan, inputs in ((ssd_loop, [t.double() for t in rounded]), (partial(ssd, backend=backend), rounded)):
+            for scan, inputs in ((ssd_loop, [t.double() for t in rounded]), (BACKENDS[backend], rounded)):
                 inputs = [t.detach().requires_grad_() for t in inputs]
                 out = scan(*inputs)
                 found.append((*out, *torch.autograd.grad(out, inputs, [torch.ones_like(t) for t in out])))
