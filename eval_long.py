@@ -51,8 +51,9 @@ def choose_starts(tokens, length: int, sequences: int | None, seed: int, most: i
     length += past
     fit = len(tokens) // (length + 1)
     if fit < (sequences or 1):
-        raise ValueError(f"the text to evaluate has {len(tokens):,} tokens: {sequences or 1} x {length:,} do not fit. "
-                         f"--max_len={len(tokens) // (sequences or 1) - 1 - past} would, or fewer --sequences")  # fmt: skip
+        longest = len(tokens) // (sequences or 1) - 1 - past
+        advice = f"--max_len={longest} would, or fewer --sequences" if longest > 0 else "Choose a longer --dataset"
+        raise ValueError(f"{sequences or 1} x {length:,} tokens do not fit into the text's {len(tokens):,}. {advice}")
     sequences = sequences or min(fit, most)
     slot = len(tokens) // sequences
     return np.arange(sequences) * slot + np.random.default_rng(seed).integers(slot - length, size=sequences)

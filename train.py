@@ -192,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag(group, "device", "auto, cpu, cuda, cuda:1, mps")
     flag(group, "dtype", "of matrix products; auto: bfloat16 if it is fast", choices=["auto", "float32", "bfloat16"])
     flag(group, "backend", "of the scan; auto: triton on a GPU", choices=["auto", "triton", "torch"])
-    flag(group, "compile", "fuse each layer by torch.compile; auto: on a GPU, or where 2000 steps or more pay for it",
+    flag(group, "compile", f"fuse each layer by torch.compile; auto: on a GPU, or where {COMPILE_FROM} steps or more pay",
          choices=["auto", "on", "off"])  # fmt: skip
     group.add_argument("--bench", action="store_true", help="no training: time a step and its parts, then stop")
     flag(group, "log_every", "steps between two lines of the log", type=at_least(1))
@@ -234,7 +234,7 @@ def resolve(given: dict, resuming: bool, benching: bool) -> tuple[dict, Path, Ma
             if checkpoint["corpus_hash"] is None:  # an official checkpoint: its T is not in its files
                 fixed.remove("seq_len")
     for name in fixed & set(given):
-        if given[name] not in (args[name], "auto"):
+        if given[name] != args[name] and not given[name] == DEFAULTS.get(name) == "auto":
             raise ValueError(f"--{name}={given[name]} contradicts {why}, where it is {args[name]}: leave it out")
     args = args | {name: value for name, value in given.items() if name not in fixed} | {"out": str(out)}
     if args["batch_size"] % args["grad_accum"]:
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> int | None:
         given = vars(parser.parse_args(argv))
         resuming, benching = given.pop("resume", False), given.pop("bench", False)
         args, out, model, checkpoint = resolve(given, resuming, benching)
-        if resuming and checkpoint["step"] >= args["steps"]:
+        if resuming and not benching and checkpoint["step"] >= args["steps"]:
             return print(f"{out} is finished, {args['steps']} steps. How it fares: python eval_long.py {out}")
         processes = checkpoint.get("processes", 1) if resuming else WORLD
         if processes != WORLD:
