@@ -645,8 +645,11 @@ def test_resumed_run_equals_uninterrupted_one(work, mode, compiled, monkeypatch)
         file.write('{"step": 8, "lo')  # a line cut short
     assert run_train("--out=cut", "--resume") == 0
     assert_same_weights("cut", "whole")
-    for run in ("whole", "cut"):
-        assert [row["step"] for row in read_jsonl(f"{run}/log.jsonl")] == [2, 4, 6, 8, 10, 12]
+    logs = [
+        [{**row, "ms_per_step": 0, "tokens_per_s": 0} for row in read_jsonl(f"{run}/log.jsonl")]
+        for run in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0]] == [2, 4, 6, 8, 10, 12]
     assert run_train("--out=cut", "--resume") == 0  # finished: says so
 
 
@@ -656,7 +659,7 @@ def test_interrupted_at_any_moment(work, mode):
     on: the next call goes on, and the weights at the end are those of a run that was left alone, bit for bit."""
     flags = [f"--init_state={mode}", "--steps=800", "--save_every=20", "--val_every=800", "--tokenizer=bpe300"]
     command = [sys.executable, ROOT / "train.py", *SMALL, *flags, "--out=cut"]
-    draw, resume = random.Random(0), lambda: ["--resume"][: Path("cut/ckpt.pt").exists()]
+    draw, codes, resume = random.Random(0), [], lambda: ["--resume"][: Path("cut/ckpt.pt").exists()]
     for i in range(20 if LONG else 6):
         process = subprocess.Popen([*command, *resume()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         signals = [[signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]][i % 4]
@@ -667,7 +670,9 @@ def test_interrupted_at_any_moment(work, mode):
                 process.send_signal(number)
                 time.sleep(0.01)
         errors = process.communicate()[1]
+        codes.append(process.returncode)
         assert "Error" not in errors, errors
+    assert sum(code != 0 for code in codes) > 2  # the others were finished
     assert run_train(*flags, "--out=cut", *resume()) == run_train(*flags, "--out=whole") == 0
     assert_same_weights("cut", "whole")
 
@@ -776,8 +781,9 @@ def test_post_training_takes_over_the_architecture(work, capsys):
     assert Path("out/zero/ckpt.pt").read_bytes() == before
     assert_same_weights("out/prev", "out/zero")  # lr is 0
     assert load_run("out/prev")[1]["args"]["seq_len"] == 8
-    assert run_train("--init_from=out/zero", "--out=other", "--seq_len=16") == 2
-    assert "--seq_len=16 contradicts" in capsys.readouterr().err and not Path("other").exists()
+    for flag in ("--seq_len=16", "--tokenizer=auto"):
+        assert exit_code(train.main, "--init_from=out/zero", "--out=other", flag) == 2
+        assert f"{flag} contradicts" in capsys.readouterr().err and not Path("other").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -1113,6 +1119,20 @@ def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
     assert run_train("--tokenizer=bpe300", "--steps=1", "--out=other") == 0
     assert evaluate("out/zero", "other", "--max_len=64", "--out=ev") == 2
     assert "different tokenizers" in capsys.readouterr().err and Path("ev/results.jsonl").read_bytes() == content
+
+
+def test_passkeys_are_recalled_at_three_depths(work, monkeypatch, capsys):
+    """From training to the figure; and --measure=recall refuses a text, and flags that it would ignore."""
+    monkeypatch.setattr(data, "SAMPLES", 500)
+    for module in (data, eval_long):
+        monkeypatch.setattr(module, "passkey_text", lambda part: TEXT)
+    assert run_train("--dataset=passkey", "--steps=1") == 0
+    command = "out/zero", "--measure=recall", "--sequences=2", "--max_len=300"
+    assert evaluate(*command) == 0 and Path("out/eval/recall.png").exists()
+    found = [(row["size"], row["depth"]) for row in read_jsonl("out/eval/results.jsonl")]
+    assert found == list(itertools.product((40, 80, 160), (0.1, 0.5, 0.9)))
+    for flag in ("--seed=1", "--part=train", "--dataset=a text.txt"):
+        assert evaluate(*command, flag) == 2 and "--measure=recall" in capsys.readouterr().err
 
 
 def test_denormal_numbers_cost_nothing():
