@@ -1181,6 +1181,8 @@ def test_numbers_in_the_readmes_were_measured():
     report = importlib.import_module("results.report")
     assert len(re.findall("<!-- (?!end)", READMES)) == 12
     assert report.fill(READMES, report.tables(read_jsonl(ROOT / "results/results.jsonl"))) == READMES
+    zero, prev = (row["excess"] for row in read_jsonl(ROOT / "results/quickstart/bfloat16.jsonl") if row["to"] == 65536)
+    assert f"in bfloat16: {zero:+.3f} and {prev:+.3f} in the last row" in README
 
 
 def test_base_run_is_small_and_cannot_be_resumed(capsys):
