@@ -1,38 +1,31 @@
 """From text to batches of tokens.
 
-    python data.py                        prepares the default corpus: the standard library of the Python that runs this
-    python data.py --dataset=novel.txt    or any UTF-8 text file, or a folder of them
-    python data.py --dataset=https://example.com/novel.txt.gz      or the address of one, .gz and .zip included
-    python data.py --tokenizer=byte       bytes instead of the 1,024 tokens learnt from the training text
-    python data.py --dataset=copy --tokenizer=byte      a task instead of a text: copying letters; or passkey, see below
+    python data.py                             prepares the default corpus: the sources of Python's library
+    python data.py --dataset=novel.txt         or any UTF-8 text file, or a folder of them
+    python data.py --tokenizer=byte            bytes instead of 1,024 tokens learnt from the training text
 
-A corpus is a list of documents. A fifth of them is held out for evaluation; the rest trains the tokenizer and the model.
-Both parts are encoded once, each document followed by a separator, and kept as one flat array of ids on disk:
+train.py does this on first use. A corpus is a list of documents. A fifth of them is held out for
+evaluation; the rest trains the tokenizer and the model. Both parts are encoded once, each document followed
+by a separator, and kept on disk as one long array of ids:
 
-    data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json        but for a run's own
-    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train-<hash of the file>.npy, ...-val-...
+    data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json
+    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train-<hash of the file>.npy, and ...-val-...
 
-so that text or a tokenizer that changed can never meet tokens of an older one, and damage is noticed. train.py does all
-this on first use.
+With the hashes in the names, a text or a tokenizer that changed never meets tokens of an older one.
 """
 
 import argparse
 import base64
-import gzip
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
+import sys
 import sysconfig
-import urllib.request
-import zipfile
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from contextlib import suppress
-from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,121 +34,96 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-HELD_OUT = 0.2  # share of the documents (or of the end of each, when there are fewer than 5)
-SEPARATOR = "<|endoftext|>"
-# A word with its space, up to three digits, a run of symbols, indentation. No token crosses these borders.
+HELD_OUT = 0.2  # share of the documents, or of the end of a single one
+SEPARATOR = "<|endoftext|>"  # between two documents: the last id of a tokenizer
+# A word with the space before it, up to three digits, a run of symbols, indentation. No token crosses these
+# borders.
 PATTERN = r" ?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|\s*\n|\s+(?!\S)|\s+"
 
 
 class Corpus(NamedTuple):
-    name: str  # e.g. "python"
-    hash: str  # of the text and the split, 12 hex digits
-    tokenizer: tiktoken.Encoding
+    hash: str  # of the text and how it is split, 12 hex digits
+    tokenizer: object  # with encode_ordinary, decode, n_vocab
     train: np.ndarray  # ids, uint16 or uint32, memory-mapped
     val: np.ndarray
-    bytes_per_token: float  # nats/token / ln 2 / bytes_per_token = bits/byte
 
 
-def write_whole(path: str | Path, content: bytes | Callable) -> None:
-    """Writes bytes, or what content(file) writes, to a temporary file, then renames it to `path`: whoever looks finds the
-    old file or the whole new one, whatever interrupts, and two processes may write the same file at once."""
+def hash_of(content):
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
+
+
+def write_whole(path, content):
+    """Writes bytes, or what content(file) writes, to a temporary file, and renames it to `path`: whoever
+    looks there finds the old file or the whole new one, whatever interrupts."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}); it is as it was before") from None
+        raise OSError(f"{path} could not be written ({reason}); it is as it was") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_can_write(folder: str | Path) -> None:
-    """ValueError if a file in `folder`, which need not exist yet, could not be written: before any work goes into it."""
+def check_can_write(folder):
+    """ValueError if a file in `folder`, which need not exist yet, could not be written."""
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be written to: {there} is no folder to write in. Choose another --out")
+        raise ValueError(f"--out={folder} cannot be written to: {there} is no folder to write in")
 
 
-def hash_of(content: str | bytes) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
+def run_script(main):
+    """Errors in one line. Exit code 2: a flag or a file is wrong, and nothing was done; 1: what else goes
+    wrong."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Documents
 
 
-def decode(content):
-    return content.decode("utf-8").replace("\r\n", "\n")
+def read_text(path):
+    return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
 
 
-def read_files(root, pattern="*"):
+def read_folder(root, pattern="*"):
     """{relative path: text} of the UTF-8 files below `root`, in order of their path. Others are left out."""
     documents = {}
     for path in sorted(Path(root).rglob(pattern)):
         name = path.relative_to(root).as_posix()
-        if path.is_file() and not {"site-packages", "dist-packages"} & set(name.split("/")):
-            with suppress(UnicodeDecodeError, PermissionError):  # a picture, a test of another encoding, ...
-                documents[name] = decode(path.read_bytes())
+        if path.is_file() and "-packages/" not in name:  # installed packages are not part of Python's library
+            with suppress(UnicodeDecodeError, PermissionError):  # a picture, a text in another encoding, ...
+                documents[name] = read_text(path)
     return documents
 
 
-def download(url, file):
-    with urllib.request.urlopen(url, timeout=30) as response:
-        length = int(response.headers.get("Content-Length", 0))
-        with tqdm.wrapattr(response, "read", total=length, desc=url, disable=None) as reader:
-            shutil.copyfileobj(reader, file)
-    if file.tell() < length:
-        raise OSError(f"it broke off after {file.tell():,} of {length:,} bytes")
-
-
-def read_file(path):
-    """The text of a file, or of what is in it if it is a .gz or .zip."""
-    if path.suffix == ".gz":
-        return decode(gzip.decompress(path.read_bytes()))
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            return decode(archive.read(max(archive.infolist(), key=lambda member: member.file_size)))
-    return decode(path.read_bytes())
-
-
-def read_documents(dataset: str) -> dict[str, str]:
-    """{name: text} of a dataset: "python", a task, the path of a text file or of a folder, or the address of a file, which
-    is then kept in data/downloads."""
-    if dataset.startswith(("http://", "https://")):
-        path = Path("data/downloads") / f"{hash_of(dataset)}-{dataset.rstrip('/').rpartition('/')[2]}"
-        try:
-            if not path.exists():
-                write_whole(path, lambda file: download(dataset, file))
-            return read_documents(str(path))
-        except (OSError, ValueError, HTTPException) as error:
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"--dataset={dataset} cannot be had ({error}): the default, python, needs no internet"
-            ) from None
+def read_documents(dataset):
+    """{name: text} of a dataset: "python", the path of a text file, or that of a folder."""
     path = Path(dataset)
-    if dataset in TASKS:
-        random, text = np.random.default_rng(0), passkey_text(0) if dataset == "passkey" else ""
-        sizes = random.integers(*TASKS[dataset], size=SAMPLES, endpoint=True)
-        documents = {str(i): "".join(make_sample(dataset, size, random, text)) for i, size in enumerate(sizes)}
-    elif dataset == "python":
-        documents = read_files(sysconfig.get_paths()["stdlib"], "*.py")
-        if sum(map(len, documents.values())) < 5_000_000:
-            print("the standard library's sources are missing or few here: numpy's and sympy's are taken as well")
-            for package in ("numpy", "sympy"):
-                root = Path(__import__(package).__file__).parent
-                documents |= {f"{package}/{name}": text for name, text in read_files(root, "*.py").items()}
+    if dataset == "python":
+        documents = read_folder(sysconfig.get_paths()["stdlib"], "*.py")
     elif path.is_dir():
-        documents = read_files(path)
+        documents = read_folder(path)
     elif path.is_file():
         try:
-            documents = {path.name: read_file(path)}
-        except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+            documents = {path.name: read_text(path)}
+        except UnicodeDecodeError as error:
             raise ValueError(f"--dataset={dataset} is not UTF-8 text: {error}") from None
     else:
         raise ValueError(f"--dataset={dataset}: no such file or folder (the default, python, needs none)")
@@ -165,59 +133,42 @@ def read_documents(dataset: str) -> dict[str, str]:
     return documents
 
 
-def split_documents(documents: dict[str, str]) -> tuple[list[str], list[str]]:
-    """-> (training texts, held-out texts). The fifth of the documents with the lowest hash of their path is held out:
-    the same ones everywhere. Of fewer than 5 documents, the last fifth of each."""
+def split_documents(documents):
+    """-> (training texts, held-out texts). The fifth of the documents with the lowest hashes of their names
+    is held out: the same ones on every machine. Of fewer than 5 documents, the last fifth of each."""
     if len(documents) < 5:
-        cuts = {name: int(len(text) * (1 - HELD_OUT)) for name, text in documents.items()}
-        return [t[: cuts[n]] for n, t in documents.items()], [t[cuts[n] :] for n, t in documents.items()]
-    ranked = sorted(documents, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
+        cuts = [(text, int(len(text) * (1 - HELD_OUT))) for text in documents.values()]
+        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    hashes = {name: hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in documents}
+    ranked = sorted(documents, key=hashes.get)
     held_out = set(ranked[: round(len(ranked) * HELD_OUT)])
-    return [t for n, t in documents.items() if n not in held_out], [t for n, t in documents.items() if n in held_out]
+    train = [text for name, text in documents.items() if name not in held_out]
+    val = [text for name, text in documents.items() if name in held_out]
+    return train, val
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tasks with one right answer, for models that have to remember it. A corpus is so many samples, each a document.
-
-SAMPLES = 200_000
-# The least and the greatest size to train on: T = 32 holds it, in bytes (copy) or bpe1024 (passkey).
-TASKS = {"copy": (3, 15), "passkey": (0, 40)}
-
-
-def make_sample(task: str, size: int, random, text: str = "", depth: float | None = None) -> tuple[str, str]:
-    """-> (prompt, answer). copy: `size` letters, to be said again. passkey: five digits, to be found again within `size`
-    characters of `text`, at a depth from 0 (their beginning) to 1."""
-    if task == "copy":
-        answer = "".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), size))
-        return f"{answer}>", answer
-    answer, place = f" {random.integers(10**5):05d}", random.integers(len(text) - size)
-    cut = place + int(size * (random.random() if depth is None else depth))
-    return f"{text[place:cut]}\n# key{answer}\n{text[cut : place + size]}\n# key", answer
-
-
-def passkey_text(part):
-    """The Python sources as one text: those to train on (part 0), or those held out (1)."""
-    return "\n".join(split_documents(read_documents("python"))[part])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
-def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
-    """Byte-pair encoding: start from the 256 bytes, and again and again make the most frequent pair of neighbours one
-    token. Counting each distinct word once, with its frequency, makes it a matter of seconds. -> {bytes: id}"""
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding: start from the 256 bytes, and again and again make the most frequent pair of
+    neighbours one token. -> {bytes: id}, without the separator.
+
+    Each distinct word is kept once, with its frequency, and after a merge only the words that hold the new
+    token are counted again: seconds instead of hours."""
     frequency = Counter()
     for text in tqdm(texts, "counting words", unit=" texts", disable=None):
         frequency.update(re.findall(PATTERN, text))
     words = [([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1]
-    counts, found_in = Counter(), defaultdict(set)  # of each pair, written as one: its frequency, the words it is in
+    counts = Counter()  # of each pair, written as one
+    found_in = defaultdict(set)  # the words it is in
 
     def count(i, sign):
         word, n = words[i]
-        for pair in map(bytes.__add__, word, word[1:]):
-            counts[pair] += sign * n
-            found_in[pair].add(i)
+        for left, right in pairwise(word):
+            counts[left + right] += sign * n
+            found_in[left + right].add(i)
 
     for i in range(len(words)):
         count(i, 1)
@@ -227,11 +178,13 @@ def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
         best = max(counts, key=counts.get, default=b"")
         if counts[best] < 1:
             raise ValueError(f"the text is too short for {vocab_size} tokens: take a smaller bpeN, or byte")
-        bar.update(best not in ranks)  # (a + aa may be there already: from aa + a)
-        ranks.setdefault(best, len(ranks))
+        if best not in ranks:  # (aaa may be there already: from aa + a, then from a + aa)
+            ranks[best] = len(ranks)
+            bar.update()
         for i in found_in.pop(best):
-            word, j = words[i][0], 0
             count(i, -1)
+            word = words[i][0]
+            j = 0
             while j < len(word) - 1:
                 if word[j] + word[j + 1] == best:
                     word[j : j + 2] = [best]
@@ -241,36 +194,39 @@ def train_bpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     return ranks
 
 
-def make_tokenizer(spec: str, texts: list[str]) -> tiktoken.Encoding:
+def make_tokenizer(spec, texts):
     """spec: "byte" (257 ids), "bpeN" (N ids, learnt from `texts`) or "gpt2" (tiktoken's, downloaded once)."""
     if spec == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            raise ValueError(f"--tokenizer=gpt2 cannot be downloaded ({type(error).__name__}): use bpe1024") from None
-    size = 257 if spec == "byte" else int(re.fullmatch(r"bpe(\d{1,7})|.*", spec)[1] or 0)
-    if size < 257:
+            kind = type(error).__name__
+            raise ValueError(f"--tokenizer=gpt2 cannot be downloaded ({kind}): use bpe1024") from None
+    number = re.fullmatch(r"bpe(\d{1,7})", spec)
+    size = int(number[1]) if number else 257
+    if size < 257 or not (number or spec == "byte"):
         raise ValueError(f"--tokenizer={spec}: should be byte, bpeN with N >= 257 (such as bpe1024), or gpt2")
-    return tiktoken.Encoding(spec, pat_str=PATTERN, mergeable_ranks=train_bpe(texts, size),
-                             special_tokens={SEPARATOR: size - 1})  # fmt: skip
+    names = {"pat_str": PATTERN, "mergeable_ranks": train_bpe(texts, size)}
+    return tiktoken.Encoding(spec, special_tokens={SEPARATOR: size - 1}, **names)
 
 
 class HuggingFace:
-    """The text of a tokenizer.json of the `tokenizers` library, behind those calls of a tiktoken.Encoding that we use."""
+    """A tokenizer.json of the `tokenizers` library, behind those calls of a tiktoken.Encoding that we use."""
 
     def __init__(self, text):
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise ValueError("this tokenizer.json needs another package: pip install tokenizers") from None
-        self.name, self.text, self.tokenizer = "huggingface", text, Tokenizer.from_str(text)
+        self.name = "huggingface"
+        self.text = text
+        self.tokenizer = Tokenizer.from_str(text)
         self.tokenizer.encode_special_tokens = True  # a separator that stands in a text is text
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
         if self.tokenizer.token_to_id(SEPARATOR) is None:
             raise ValueError(f"it has no {SEPARATOR}, which goes between documents")
-        self.decode, self.encode_single_token = self.tokenizer.decode, self.tokenizer.token_to_id
+        self.decode = self.tokenizer.decode
+        self.encode_single_token = self.tokenizer.token_to_id
 
     def encode_ordinary(self, text):
         return self.encode_ordinary_batch([text])[0]
@@ -279,7 +235,7 @@ class HuggingFace:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def tokenizer_json(tokenizer) -> str:
+def tokenizer_json(tokenizer):
     """A tokenizer as text: what is saved, and what its hash is taken of."""
     if isinstance(tokenizer, HuggingFace):
         return tokenizer.text
@@ -289,48 +245,45 @@ def tokenizer_json(tokenizer) -> str:
     return json.dumps(fields | {"ranks": ranks}, separators=(",", ":"))
 
 
-def load_tokenizer(folder: str | Path, expected: str | None = None):
-    """The tokenizer of a run folder (its tokenizer.json), or of such a file: one written here, or one of Hugging Face.
-    ValueError if it is not whole, or not the one with the hash `expected`: ids would get another meaning."""
-    path = Path(folder) / "tokenizer.json" if Path(folder).is_dir() else Path(folder)
+def load_tokenizer(path, expected_hash=None, vocab_size=None):
+    """The tokenizer of a tokenizer.json, ours or Hugging Face's, or of the run folder that holds one.
+    ValueError if it is damaged, not the one with this hash, or knows more ids than a model of vocab_size."""
+    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     try:
-        fields = json.loads(text := path.read_text(encoding="utf-8"))
-        if expected not in (None, hash_of(text)):
-            raise ValueError(f"of hash {hash_of(text)}, not {expected}")
+        text = path.read_text(encoding="utf-8")
+        if expected_hash not in (None, hash_of(text)):
+            raise ValueError(f"its hash is {hash_of(text)}, not {expected_hash}")
+        fields = json.loads(text)
         if "model" in fields:
-            return HuggingFace(text)
-        ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
-        return tiktoken.Encoding(fields["name"], pat_str=fields["pattern"], mergeable_ranks=ranks,
-                                 special_tokens=fields["special"])  # fmt: skip
+            tokenizer = HuggingFace(text)
+        else:
+            ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
+            names = {"pat_str": fields["pattern"], "mergeable_ranks": ranks}
+            tokenizer = tiktoken.Encoding(fields["name"], special_tokens=fields["special"], **names)
+        if vocab_size is not None and tokenizer.n_vocab > vocab_size:
+            raise ValueError(f"it has {tokenizer.n_vocab} ids, the model has {vocab_size}")
+        return tokenizer
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not the tokenizer it should be ({type(error).__name__}: {error})") from None
+        kind = type(error).__name__
+        raise ValueError(f"{path} is not the tokenizer it should be ({kind}: {error})") from None
 
 
-def tokenizer_of(checkpoint: dict):
-    """The tokenizer beside a checkpoint that model.load_run read. ValueError if its ids are not those of that model."""
-    tokenizer = load_tokenizer(Path(checkpoint["file"]).parent, checkpoint.get("tokenizer_hash"))
-    known = checkpoint["config"]["vocab_size"]
-    if tokenizer.n_vocab > known:
-        raise ValueError(
-            f"{checkpoint['file']}: a tokenizer of {tokenizer.n_vocab} ids is not this model's, which has {known}"
-        )
-    return tokenizer
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokens on disk
 
 
 def load_tokens(folder, name, tokenizer, texts):
-    """The ids of the texts, each text followed by a separator, memory-mapped: written to folder/<name>-<hash>.npy if they
-    are not there. ValueError if the file is not, to the last bit, what was written."""
+    """The ids of the texts, each followed by a separator, memory-mapped: written to folder/<name>-<hash>.npy
+    if they are not there yet. ValueError if the file is not, to the last bit, what was written."""
     path = next(folder.glob(f"{name}-*.npy"), None)
     if path is None:
-        separator, arrays, content = tokenizer.encode_single_token(SEPARATOR), [], io.BytesIO()
+        separator = tokenizer.encode_single_token(SEPARATOR)
         dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+        arrays = []
         for i in tqdm(range(0, len(texts), 64), "encoding", unit=" x 64 texts", disable=None):
             for ids in tokenizer.encode_ordinary_batch(texts[i : i + 64]):
                 arrays.append(np.array([*ids, separator], dtype=dtype))
+        content = io.BytesIO()
         np.save(content, np.concatenate(arrays))
         path = folder / f"{name}-{hash_of(content.getbuffer())}.npy"
         write_whole(path, content.getbuffer())
@@ -339,57 +292,60 @@ def load_tokens(folder, name, tokenizer, texts):
     return np.load(path, mmap_mode="r")
 
 
-def load_corpus(dataset: str = "python", tokenizer="bpe1024", folder: str = "data") -> Corpus:
-    """The tokens of a dataset, prepared if they are not yet. `tokenizer`: see make_tokenizer, or a tiktoken.Encoding."""
+def load_corpus(dataset="python", tokenizer="bpe1024"):
+    """-> Corpus, prepared if it is not there yet. tokenizer: see make_tokenizer, or one that is loaded."""
     documents = read_documents(dataset)
-    texts = dict(zip(("train", "val"), split_documents(documents)))
-    if not all(map(any, texts.values())):
+    train, val = split_documents(documents)
+    if not any(train) or not any(val):
         raise ValueError(f"--dataset={dataset} is too short to hold out a part of it")
-    corpus_hash = hash_of(json.dumps(texts))
-    folder = Path(folder) / f"{'python' if dataset == 'python' else Path(dataset).resolve().name}-{corpus_hash}"
+    corpus_hash = hash_of(json.dumps({"train": train, "val": val}))
+    name = "python" if dataset == "python" else Path(dataset).resolve().name
+    folder = Path("data") / f"{name}-{corpus_hash}"
     if isinstance(tokenizer, str):
-        known = {path.stem.rpartition("-")[0]: path for path in folder.glob("*.json")}
-        if tokenizer in known:
-            tokenizer = load_tokenizer(known[tokenizer], known[tokenizer].stem.rpartition("-")[2])
+        path = next(folder.glob(f"{tokenizer}-*.json"), None)
+        if path is not None:
+            tokenizer = load_tokenizer(path, path.stem.rpartition("-")[2])
         else:
-            spec, tokenizer = tokenizer, make_tokenizer(tokenizer, texts["train"])
+            spec, tokenizer = tokenizer, make_tokenizer(tokenizer, train)
             text = tokenizer_json(tokenizer)
             write_whole(folder / f"{spec}-{hash_of(text)}.json", text.encode())
     tokenizer_hash = hash_of(tokenizer_json(tokenizer))
-    train, val = (load_tokens(folder, f"{tokenizer_hash}-{part}", tokenizer, texts[part]) for part in texts)
-    text_bytes = sum(len(text.encode()) for part in texts.values() for text in part)
-    corpus = Corpus(dataset, corpus_hash, tokenizer, train, val, text_bytes / (len(train) + len(val)))
-    print(f"corpus    {dataset} {corpus_hash}: {len(documents):,} files, {text_bytes:,} bytes")
-    print(f"tokens    {len(train):,} to train on, {len(val):,} held out, {corpus.bytes_per_token:.2f} bytes/token")
-    print(f"tokenizer {tokenizer.name} {tokenizer_hash}, {tokenizer.n_vocab:,} ids")
-    return corpus
+    train_ids = load_tokens(folder, f"{tokenizer_hash}-train", tokenizer, train)
+    val_ids = load_tokens(folder, f"{tokenizer_hash}-val", tokenizer, val)
+    size = sum(len(text.encode()) for text in (*train, *val))
+    bytes_per_token = size / (len(train_ids) + len(val_ids))
+    print(f"corpus     {dataset} {corpus_hash}: {len(documents):,} files, {size:,} bytes")
+    print(f"tokenizer  {tokenizer.name} {tokenizer_hash}: {tokenizer.n_vocab:,} ids")
+    print(f"tokens     {len(train_ids):,} to train on, {len(val_ids):,} held out,")
+    print(f"           {bytes_per_token:.2f} bytes each")
+    return Corpus(corpus_hash, tokenizer, train_ids, val_ids)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches. What is drawn for a step depends on the seed and the step alone, so that a resumed run needs no other memory.
+# ------------------------------------------------------------------------------------------------------------
+# Batches. What is drawn for a step depends on the seed and the step alone, so that a resumed run needs no
+# memory.
 
 
-def random_windows(tokens: np.ndarray, b: int, l: int, seed: int, step: int) -> torch.Tensor:
-    """(b, l + 1) int64: b windows from random places; [:, :-1] are the inputs, [:, 1:] the targets."""
+def random_windows(tokens, b, l, seed, step):
+    """(b, l + 1) int64: windows from random places; [:, :-1] are the inputs, [:, 1:] the targets."""
     start = np.random.default_rng([seed, step]).integers(0, len(tokens) - l, size=b)
     return torch.from_numpy(tokens[start[:, None] + np.arange(l + 1)].astype(np.int64))
 
 
-def next_windows(tokens: np.ndarray, b: int, l: int, seed: int, step: int) -> torch.Tensor:
-    """(b, l + 1) int64: b streams, each from its own place in the text; row i of step j + 1 continues row i of step j.
-    At the end of the text a stream goes on with its beginning."""
+def next_windows(tokens, b, l, seed, step):
+    """(b, l + 1) int64: b streams, each from its own place in the text; row i of step j + 1 continues row i
+    of step j. At the end of the text a stream goes on with its beginning."""
     start = np.random.default_rng(seed).integers(len(tokens)) + np.arange(b) * (len(tokens) // b) + step * l
     return torch.from_numpy(tokens[(start[:, None] + np.arange(l + 1)) % len(tokens)].astype(np.int64))
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description="Prepares a tokenized corpus and says what it holds.")
-    parser.add_argument(
-        "--dataset", default="python", help="python, a UTF-8 text file, a folder, an address, copy, passkey"
-    )
-    parser.add_argument("--tokenizer", default="bpe1024", help="byte, bpeN (N ids, learnt from the text) or gpt2")
-    args = parser.parse_args()
-    try:
-        load_corpus(args.dataset, args.tokenizer)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"data.py: error: {error}\n")
+    parser.add_argument("--dataset", default="python", help="python, or a UTF-8 text file or folder [python]")
+    parser.add_argument("--tokenizer", default="bpe1024", help="byte, bpeN (N ids) or gpt2 [bpe1024]")
+    args = parser.parse_args(argv)
+    load_corpus(args.dataset, args.tokenizer)
+
+
+if __name__ == "__main__":
+    run_script(main)

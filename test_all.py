@@ -75,10 +75,14 @@ def scan_inputs(l, dtype=torch.float64, b=2, h=4, p=8, g=2, n=16, init=True, dev
 def results(scan, inputs, loss="both"):
     """{name: y, final_state and all gradients of a random weighting of y, of final_state, or of both}"""
     inputs = [t.detach().requires_grad_() for t in inputs]
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN: what is not written shows
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # fills torch.empty with NaN: what is not written shows
     y, S = scan(*inputs)
     torch.manual_seed(1)
-    total = sum((t * torch.randn(t.shape).to(t)).sum() for t in {"y": [y], "state": [S], "both": [y, S]}[loss])
+    total = sum(
+        (t * torch.randn(t.shape).to(t)).sum() for t in {"y": [y], "state": [S], "both": [y, S]}[loss]
+    )
     grads = torch.autograd.grad(total, inputs, allow_unused=True)
     torch.use_deterministic_algorithms(False)
     return dict(zip(NAMES, (y, S, *grads)))
@@ -192,7 +196,9 @@ def test_triton_gives_equal_bits_and_compiles_into_one_graph():
 def run_python(*command, folder=ROOT):
     """Standard output of a process without the interpreter and without a GPU."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, check=False, cwd=folder)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, check=False, cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -263,7 +269,9 @@ def in_segments(scan, x, dt, A, B, C, state, cuts):
 
 
 @pytest.mark.parametrize("seed", range(100 if LONG else 5))
-@pytest.mark.parametrize("scan", [ssd_loop, partial(ssd_chunked, chunk=16), pytest.param(triton16, marks=needs_triton)])
+@pytest.mark.parametrize(
+    "scan", [ssd_loop, partial(ssd_chunked, chunk=16), pytest.param(triton16, marks=needs_triton)]
+)
 def test_laws_of_the_scan(scan, seed):
     """At random sizes: linear in x and the state, both at once; dt = 0 writes and forgets nothing; permuted heads, parts of
     the batch and segments of the sequence (cut anywhere, a token's length too) give the same numbers."""
@@ -277,7 +285,9 @@ def test_laws_of_the_scan(scan, seed):
     only_read = torch.einsum("bhpn,blhn->blhp", S, C.repeat_interleave(r, dim=2))
     same(scan(x, torch.zeros_like(dt), A, B, C, S), (only_read, S))
     heads = torch.cat([i * r + torch.randperm(r) for i in range(g)]).to(x.device)  # within their group
-    same(scan(x[:, :, heads], dt[:, :, heads], A[heads], B, C, S[:, heads]), (y[:, :, heads], final[:, heads]))
+    same(
+        scan(x[:, :, heads], dt[:, :, heads], A[heads], B, C, S[:, heads]), (y[:, :, heads], final[:, heads])
+    )
     same(scan(x[-1:], dt[-1:], A, B[-1:], C[-1:], S[-1:]), (y[-1:], final[-1:]))
     cuts = sorted(draw.sample(range(1, l), draw.randint(1, min(3, l - 1))))
     same(in_segments(scan, x, dt, A, B, C, S, cuts), (y, final))
@@ -292,7 +302,9 @@ def test_a_carried_state_does_not_drift(dtype, limit):
     ends = itertools.accumulate(draw.choices([1, 2, 63, 64, 65, 1000, 4096], k=l))
     x, B, C = (torch.randn(1, l, *shape).to(dtype) for shape in ((4, 3), (1, 5), (1, 5)))
     dt = F.softplus(torch.randn(1, l, 4) - 2)
-    _, state = in_segments(ssd_chunked, x, dt, A, B, C, None, list(itertools.takewhile(lambda end: end < l, ends)))
+    _, state = in_segments(
+        ssd_chunked, x, dt, A, B, C, None, list(itertools.takewhile(lambda end: end < l, ends))
+    )
     x, dt, B, C = (t[:, -10_000:].double() for t in (x, dt, B, C))  # exp(-0.02 * 0.2 * 10,000) is 1e-17
     _, reference = ssd_loop(x, dt, A.double(), B, C)
     for head in range(4):
@@ -366,7 +378,9 @@ def test_sliced_loss_equals_whole(monkeypatch):
     whole = F.cross_entropy(model(idx[:, :-1])[0].float().transpose(1, 2), idx[:, 1:], reduction="none")
     sliced, _ = model.per_token_nll(idx[:, :-1], idx[:, 1:])
     assert relative_error(whole, sliced) < 1e-6, "nll"
-    gradients = (torch.autograd.grad((nll * weights).sum(), model.lm_head.weight)[0] for nll in (whole, sliced))
+    gradients = (
+        torch.autograd.grad((nll * weights).sum(), model.lm_head.weight)[0] for nll in (whole, sliced)
+    )
     assert relative_error(*gradients) < 1e-5, "gradient"
 
 
@@ -421,7 +435,9 @@ def test_tokenizers_are_lossless():
         tokenizer = data.make_tokenizer(spec, [TEXT])
         assert tokenizer.n_vocab == size and tokenizer.encode_single_token(data.SEPARATOR) == size - 1
         for _ in range(200):
-            characters = (chr(rng.randrange(end)) for end in rng.choices([0x80, 0xD800, 0x110000], k=rng.randrange(60)))
+            characters = (
+                chr(rng.randrange(end)) for end in rng.choices([0x80, 0xD800, 0x110000], k=rng.randrange(60))
+            )
             string = "".join(characters).encode(errors="ignore").decode()  # without surrogates
             string += rng.choice(["", data.SEPARATOR, "    \n\t  x\r\n"])
             ids = tokenizer.encode_ordinary(string)
@@ -482,7 +498,10 @@ def test_dataset_from_an_address(work):
         for name in ("a%20text.txt", "text.gz", "text.zip"):
             assert list(data.read_documents(f"{address}/{name}").values()) == [TEXT]
         Path("text.gz").unlink()  # the download is kept: the server is not asked again
-        assert data.load_corpus(f"{address}/text.gz", "byte").train.size == len(TEXT[: len(TEXT) * 4 // 5].encode()) + 1
+        assert (
+            data.load_corpus(f"{address}/text.gz", "byte").train.size
+            == len(TEXT[: len(TEXT) * 4 // 5].encode()) + 1
+        )
         before = sorted(Path("data/downloads").iterdir())
         for name in ("cut.txt", "none.txt", "bad.gz"):
             with pytest.raises(ValueError, match="needs no internet"):
@@ -635,11 +654,19 @@ def assert_same_weights(run, other):
 @pytest.mark.parametrize("mode, compiled", [*((mode, "off") for mode in train.INIT_STATES), ("prev", "on")])
 def test_resumed_run_equals_uninterrupted_one(work, mode, compiled, monkeypatch):
     """Killed in step 8, resumed from the checkpoint of step 6: the weights and the log are those of an undisturbed run."""
-    flags = [f"--init_state={mode}", "--init_prob=0.7", "--steps=12", "--save_every=3", f"--compile={compiled}"]
+    flags = [
+        f"--init_state={mode}",
+        "--init_prob=0.7",
+        "--steps=12",
+        "--save_every=3",
+        f"--compile={compiled}",
+    ]
     assert run_train(*flags, "--out=whole") == 0
     rate = train.learning_rate
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "learning_rate", lambda step, args: rate(step, args) if step < 7 else 1 / 0)  # power cut
+        patch.setattr(
+            train, "learning_rate", lambda step, args: rate(step, args) if step < 7 else 1 / 0
+        )  # power cut
         run_train(*flags, "--out=cut")
     with open("cut/log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # a line cut short
@@ -657,11 +684,19 @@ def test_resumed_run_equals_uninterrupted_one(work, mode, compiled, monkeypatch)
 def test_interrupted_at_any_moment(work, mode):
     """kill -9, SIGTERM, Ctrl-C and Ctrl-C twice, at random moments from the first import and the preparation of the corpus
     on: the next call goes on, and the weights at the end are those of a run that was left alone, bit for bit."""
-    flags = [f"--init_state={mode}", "--steps=800", "--save_every=20", "--val_every=800", "--tokenizer=bpe300"]
+    flags = [
+        f"--init_state={mode}",
+        "--steps=800",
+        "--save_every=20",
+        "--val_every=800",
+        "--tokenizer=bpe300",
+    ]
     command = [sys.executable, ROOT / "train.py", *SMALL, *flags, "--out=cut"]
     draw, codes, resume = random.Random(0), [], lambda: ["--resume"][: Path("cut/ckpt.pt").exists()]
     for i in range(20 if LONG else 6):
-        process = subprocess.Popen([*command, *resume()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*command, *resume()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         signals = [[signal.SIGKILL], [signal.SIGTERM], [signal.SIGINT], [signal.SIGINT, signal.SIGINT]][i % 4]
         try:
             process.wait(draw.uniform(0.3, 4))
@@ -737,12 +772,16 @@ def test_full_disk_keeps_the_last_checkpoint(work):
     resource = pytest.importorskip("resource")  # not on Windows
     flags = ["--init_state=prev", "--steps=6", "--save_every=2"]
     assert run_train(*flags, "--out=whole") == 0
-    limit = int(0.9 * Path("whole/ckpt.pt").stat().st_size)  # the first checkpoint, without Adam's moments, is smaller
+    limit = int(
+        0.9 * Path("whole/ckpt.pt").stat().st_size
+    )  # the first checkpoint, without Adam's moments, is smaller
     command = [sys.executable, ROOT / "train.py", *SMALL, *flags]
     result = subprocess.run(command, capture_output=True, text=True, check=False,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
     last = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and "ckpt.pt could not be written" in last and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 1 and "ckpt.pt could not be written" in last and "Traceback" not in result.stderr
+    )
     assert load_run("out/prev")[1]["step"] == 0 and sorted(Path("out/prev").glob(".*")) == []
     assert run_train("--out=out/prev", "--resume") == 0
     assert_same_weights("out/prev", "whole")
@@ -762,7 +801,15 @@ def test_modes_differ_in_the_initial_state_only(work):
 
 def test_fitted_does_not_run_away(work):
     """200 steps of fitted noise, with heads that forget almost nothing: the noise stays as large as states from zero."""
-    flags = ["--init_state=fitted", "--steps=200", "--A_init_range", "0.0001", "0.01", "--val_every=200", "--lr=1e-4"]
+    flags = [
+        "--init_state=fitted",
+        "--steps=200",
+        "--A_init_range",
+        "0.0001",
+        "0.01",
+        "--val_every=200",
+        "--lr=1e-4",
+    ]
     assert run_train(*flags) == 0
     model, checkpoint = load_run("out/fitted")
     with torch.no_grad():
@@ -790,7 +837,10 @@ def test_post_training_takes_over_the_architecture(work, capsys):
 @pytest.mark.parametrize("d, layers, T", [(64, 2, 32), (128, 3, 128)])
 def test_memory_estimate(d, layers, T, dtype):
     """What is printed before the first step, against the tensors that autograd really keeps: within 30 %."""
-    model, kept = Mamba2LM(Mamba2Config(500, d_model=d, n_layer=layers, d_state=128, headdim=32, chunk=32)), []
+    model, kept = (
+        Mamba2LM(Mamba2Config(500, d_model=d, n_layer=layers, d_state=128, headdim=32, chunk=32)),
+        [],
+    )
 
     def keep(tensor):
         kept.append(tensor)
@@ -813,7 +863,14 @@ def test_parts_of_a_batch_and_two_processes_equal_one(work, mode, monkeypatch):
     flags = [f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4", "--dtype=float32"]
     assert run_train(*flags, "--out=one") == run_train(*flags, "--grad_accum=4", "--out=parts") == 0
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "train.py",
+    ]
     command = [*launch, *SMALL, *flags, "--batch_size=2", "--out=two", "--save_every=10"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and (not Path("two/ckpt.pt").exists() or load_run("two")[1]["step"] < 10):
@@ -842,9 +899,17 @@ def test_rates_of_forgetting_have_their_own_learning_rate(work):
     assert run_train("--init_state=zero", "--steps=1") == 0
     start, moved = weights("out/zero"), {}
     for times in (0, 1, 10):
-        flags = ["--init_from=out/zero", "--init_state=prev", "--steps=1", f"--rates_lr={times}", f"--out=out/{times}"]
+        flags = [
+            "--init_from=out/zero",
+            "--init_state=prev",
+            "--steps=1",
+            f"--rates_lr={times}",
+            f"--out=out/{times}",
+        ]
         assert not train.main(flags)
-        moved[times] = {name: (t - start[name]).abs().max().item() for name, t in weights(f"out/{times}").items()}
+        moved[times] = {
+            name: (t - start[name]).abs().max().item() for name, t in weights(f"out/{times}").items()
+        }
     for name in start:
         rate = name.endswith(("A_log", "dt_bias"))
         assert moved[1][name] > 0 and (moved[0][name] == 0) == rate
@@ -869,7 +934,11 @@ def test_steps_that_are_not_finite(work, mode, monkeypatch, capsys):
     monkeypatch.setattr(Mamba2LM, "forward", poisoned)
     assert run_train(f"--init_state={mode}", "--steps=8", "--lr=1e-3") == 0
     last = read_jsonl(f"out/{mode}/log.jsonl")[-1]
-    assert last["skipped"] == 2 and last["bad_rows"] == (2 if mode == "tbtt" else 0) and math.isfinite(last["loss"])
+    assert (
+        last["skipped"] == 2
+        and last["bad_rows"] == (2 if mode == "tbtt" else 0)
+        and math.isfinite(last["loss"])
+    )
     memory = load_run(f"out/{mode}")[1]["init_state"]
     assert all(torch.isfinite(t).all() for tensors in memory.values() for t in tensors)
     assert run_train(f"--init_state={mode}", "--steps=50", "--save_every=2", "--out=out/bad") == 1
@@ -907,7 +976,10 @@ def test_every_number_refuses_nonsense(work, capsys):
     for flag, value in itertools.product(flags, values):
         more = ["1"] if flag == "--A_init_range" else []
         assert run_train("--out=other", flag, value, *more) == 2, (flag, value)
-    for flag, value in [("--seed", "-1"), *itertools.product(("--max_len", "--sequences", "--dt_scale"), values)]:
+    for flag, value in [
+        ("--seed", "-1"),
+        *itertools.product(("--max_len", "--sequences", "--dt_scale"), values),
+    ]:
         assert evaluate("out/zero", "--max_len=64", "--out=ev", f"{flag}={value}") == 2, (flag, value)
     for flag in ("batch_size", "n_layer", "d_model", "d_state"):
         assert run_train("--out=other", f"--{flag}=1000000000") == 2 and "GB" in capsys.readouterr().err
@@ -943,7 +1015,9 @@ def official(tmp_path):
 
 def official_model():
     torch.manual_seed(0)
-    return Mamba2LM(Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16)).half()  # 300 ids, padded to 304
+    return Mamba2LM(
+        Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16)
+    ).half()  # 300 ids, padded to 304
 
 
 @torch.no_grad()
@@ -951,11 +1025,15 @@ def official_model():
 def test_transformers_computes_the_same(groups, tied, l, tmp_path):
     """Our weights there, theirs here: the same logits, after a text and going on from the state that it left."""
     transformers = pytest.importorskip("transformers")
-    config = Mamba2Config(61, d_model=32, n_layer=2, d_state=16, headdim=16, ngroups=groups, tie_embeddings=tied)
+    config = Mamba2Config(
+        61, d_model=32, n_layer=2, d_state=16, headdim=16, ngroups=groups, tie_embeddings=tied
+    )
     ours = Mamba2LM(config).eval()
     sizes = {theirs: getattr(config, name) for theirs, name in model_file.TRANSFORMERS.items()}
     theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(num_heads=4, chunk_size=8, **sizes))
-    theirs.load_state_dict({name.replace("embedding.", "embeddings."): w for name, w in ours.state_dict().items()})
+    theirs.load_state_dict(
+        {name.replace("embedding.", "embeddings."): w for name, w in ours.state_dict().items()}
+    )
     theirs.eval().save_pretrained(tmp_path)
     back, checkpoint = load_run(tmp_path)
     assert checkpoint["args"]["seq_len"] == 2048
@@ -1107,18 +1185,30 @@ def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
         evaluate(*runs, *flags)
     assert evaluate(*runs, *flags) == 0
     rows, out = read_jsonl("ev/results.jsonl"), capsys.readouterr().out
-    assert [row["to"] for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512] and Path("ev/perplexity.png").exists()
-    assert "out/zero is in ev/results.jsonl already" in out and all(f"{row['perplexity']:.2f}" in out for row in rows)
+    assert [row["to"] for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512] and Path(
+        "ev/perplexity.png"
+    ).exists()
+    assert "out/zero is in ev/results.jsonl already" in out and all(
+        f"{row['perplexity']:.2f}" in out for row in rows
+    )
     assert evaluate("out/zero", "--out=ev/results.jsonl/x") == 2 and "no folder" in capsys.readouterr().err
     assert evaluate(*runs, *flags) == 0 and read_jsonl("ev/results.jsonl") == rows
-    for measure in ("remembrance --max_len=64", "init_state --max_len=32", "perplexity --max_len=512 --dt_scale=0.5"):
-        assert evaluate(*runs, "--sequences=4", "--out=ev", "--device=cpu", *f"--measure={measure}".split()) == 0
+    for measure in (
+        "remembrance --max_len=64",
+        "init_state --max_len=32",
+        "perplexity --max_len=512 --dt_scale=0.5",
+    ):
+        assert (
+            evaluate(*runs, "--sequences=4", "--out=ev", "--device=cpu", *f"--measure={measure}".split()) == 0
+        )
         assert Path(f"ev/{measure.split()[0]}.png").exists()
     assert len({row["nll"] for row in read_jsonl("ev/results.jsonl") if row.get("to") == 512}) == 4
     content = Path("ev/results.jsonl").read_bytes()
     assert run_train("--tokenizer=bpe300", "--steps=1", "--out=other") == 0
     assert evaluate("out/zero", "other", "--max_len=64", "--out=ev") == 2
-    assert "different tokenizers" in capsys.readouterr().err and Path("ev/results.jsonl").read_bytes() == content
+    assert (
+        "different tokenizers" in capsys.readouterr().err and Path("ev/results.jsonl").read_bytes() == content
+    )
 
 
 def test_passkeys_are_recalled_at_three_depths(work, monkeypatch, capsys):
@@ -1172,7 +1262,9 @@ READMES = README + (ROOT / "results/README.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("script", ["train.py", "eval_long.py", "data.py"])
 def test_help_works_anywhere(script, tmp_path):
     """--help needs no data, no GPU, and makes no file."""
-    assert "--dataset" in run_python(ROOT / script, "--help", folder=tmp_path) and not list(tmp_path.iterdir())
+    assert "--dataset" in run_python(ROOT / script, "--help", folder=tmp_path) and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_numbers_in_the_readmes_were_measured():
@@ -1181,7 +1273,9 @@ def test_numbers_in_the_readmes_were_measured():
     report = importlib.import_module("results.report")
     assert len(re.findall("<!-- (?!end)", READMES)) == 12
     assert report.fill(READMES, report.tables(read_jsonl(ROOT / "results/results.jsonl"))) == READMES
-    zero, prev = (row["excess"] for row in read_jsonl(ROOT / "results/quickstart/bfloat16.jsonl") if row["to"] == 65536)
+    zero, prev = (
+        row["excess"] for row in read_jsonl(ROOT / "results/quickstart/bfloat16.jsonl") if row["to"] == 65536
+    )
     assert f"in bfloat16: {zero:+.3f} and {prev:+.3f} in the last row" in README
 
 
@@ -1205,7 +1299,9 @@ def test_commands_in_the_readme_run(work, monkeypatch, request):
         monkeypatch.setitem(eval_long.MEASURES, name, (function, 128, *rest))
     read = data.read_documents
     monkeypatch.setattr(data, "SAMPLES", 500)
-    monkeypatch.setattr(data, "read_documents", lambda dataset: read("a text.txt" if dataset == "python" else dataset))
+    monkeypatch.setattr(
+        data, "read_documents", lambda dataset: read("a text.txt" if dataset == "python" else dataset)
+    )
     Path("my_texts").mkdir()
     for i in range(6):
         shutil.copy("a text.txt", f"my_texts/{i}.txt")
@@ -1213,7 +1309,9 @@ def test_commands_in_the_readme_run(work, monkeypatch, request):
     if importlib.util.find_spec("tokenizers"):
         request.getfixturevalue("official")().rename("mamba2-130m")
     done = []
-    for script, flags in re.findall(r"^    .*?python (train|eval_long)\.py\b([^\n&#]*)", README, flags=re.MULTILINE):
+    for script, flags in re.findall(
+        r"^    .*?python (train|eval_long)\.py\b([^\n&#]*)", README, flags=re.MULTILINE
+    ):
         if "https:" in flags or "mamba2-130m" in flags and not Path("mamba2-130m").exists():
             continue
         for old, new in (("steps=\\d+", "steps=2"), ("bpe2048", "bpe300"), ("max_len=\\d+", "max_len=2048"),
@@ -1231,6 +1329,8 @@ def test_commands_in_the_texts_have_existing_flags():
     parser, inline = train.make_parser(), re.findall(r"`(--[^`]*)`", README)
     commands = re.findall(r"python train\.py( --(?!help)[^\n`#&|{]*)", README + train.__doc__)
     commands = [re.split(r" {3,}", command.strip())[0] for command in commands]
-    assert len(commands) > 8 and {re.match(r"--\w+", flag)[0] for flag in inline} <= {*parser._option_string_actions}
+    assert len(commands) > 8 and {re.match(r"--\w+", flag)[0] for flag in inline} <= {
+        *parser._option_string_actions
+    }
     for command in commands + [flag for flag in inline if re.search("[ =]", flag)]:
         parser.parse_args(command.split())
