@@ -38,29 +38,18 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (
-    SEPARATOR,
-    check_can_write,
-    hash_of,
-    load_corpus,
-    load_tokenizer,
-    next_windows,
-    random_windows,
-    run_script,
-    tokenizer_json,
-    write_whole,
-)
+import data
 from model import Mamba2Config, Mamba2LM, choose_device, load_run
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags. Some have other defaults in a preset, or in post-training.
 
+MID = {"d_model": 256, "n_layer": 4, "headdim": 64, "chunk": 64}
+SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "chunk": 64, "tokenizer": "bpe4096"}
 PRESETS = {
     "tiny": {},  # 0.4M parameters: fails within minutes on a CPU
-    "mid": {"d_model": 256, "n_layer": 4, "headdim": 64, "chunk": 64, "seq_len": 256, "batch_size": 8}
-    | {"steps": 2000, "lr": 2e-3},  # 2.6M
-    "small": {"d_model": 512, "n_layer": 10, "headdim": 64, "chunk": 64, "seq_len": 512, "batch_size": 32}
-    | {"steps": 5000, "lr": 1e-3, "tokenizer": "bpe4096"},  # 20M, for a GPU
+    "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.6M
+    "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 20M, for a GPU
 }
 POST_TRAINING = {"steps": 500, "lr": 1e-3, "init_prob": 0.2}  # with --init_from
 MODEL = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
@@ -83,17 +72,18 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 
 def make_parser():
-    others = {f"--preset={name}": values for name, values in PRESETS.items() if values}
-    others["--init_from"] = POST_TRAINING
-    lines = [f"{flag}: {values}" for flag, values in others.items()]
-    describe = {"description": __doc__, "epilog": "other defaults with\n" + "\n".join(lines)}
-    parser = argparse.ArgumentParser(formatter_class=Formatter, allow_abbrev=False, **describe)
-    count, share, positive, rate = number(int, 1), number(float, 0, 1), number(float, 0), number(float, 1e-9)
+    others = "".join(f"--preset={name}: {values}\n" for name, values in PRESETS.items())
+    epilog = f"other defaults:\n{others}--init_from: {POST_TRAINING}"
+    how = {"formatter_class": Formatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, **how)
+    count = number(int, 1)
+    positive = number(float, 0)
     flag = parser.add_argument
     # fmt: off
     modes = ["zero", "noise", "fitted", "prev", "tbtt"]
     flag("--init_state", default="zero", choices=modes, help="what training windows start from")
-    flag("--init_prob", default=1.0, type=share, help="share of the windows that do; others start from zero")
+    flag("--init_prob", default=1.0, type=number(float, 0, 1),
+         help="share of the windows that do; the others start from zero")
     flag("--noise_std", default=0.1, type=positive, help="standard deviation, for noise")
     flag("--out", help="folder of the run; None: out/<init_state>")
     flag("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
@@ -121,7 +111,7 @@ def make_parser():
     flag("--headdim", default=32, type=count, help="p, channels of a head")
     flag("--chunk", default=32, type=count, help="tokens the scan takes at once, a power of two")
     flag("--A_init", default="log", choices=["log", "uniform"], help="how A, the rates of forgetting, start")
-    flag("--A_init_range", default=[0.01, 16.0], type=rate, nargs=2, metavar=("LOW", "HIGH"),
+    flag("--A_init_range", default=[0.01, 16.0], type=number(float, 1e-9), nargs=2, metavar=("LOW", "HIGH"),
          help="their range")
     # fmt: on
     return parser
@@ -141,19 +131,15 @@ def parse(argv):
     elif args.init_from:
         model, checkpoint = load_run(args.init_from)
         theirs = checkpoint["args"]
-        fixed = {name: getattr(model.config, name) for name in MODEL}
-        fixed |= {name: theirs[name] for name in ("seq_len", "tokenizer")}
-        defaults = POST_TRAINING | {name: theirs[name] for name in ("batch_size", "dataset")}
+        fixed = {name: getattr(model.config, name) for name in MODEL} | {"tokenizer": theirs["tokenizer"]}
+        defaults = POST_TRAINING | {name: theirs[name] for name in ("seq_len", "batch_size", "dataset")}
     parser.set_defaults(**defaults | fixed)
     args = parser.parse_args(argv)  # again, with the right defaults
     for name, value in fixed.items():
         if getattr(args, name) != value:
-            given = f"--{name}={getattr(args, name)}"
-            raise ValueError(
-                f"{given} contradicts --{'resume' if args.resume else 'init_from'}: it is {value}"
-            )
+            raise ValueError(f"--{name} contradicts the run to start from, where it is {value}: leave it out")
     args.out = args.out or f"out/{args.init_state}"
-    check_can_write(args.out)
+    data.check_can_write(args.out)
     if not args.resume and any(Path(args.out).glob("*")):
         raise ValueError(f"{args.out} is not empty: go on with its run by --resume, or choose another --out")
     if args.seq_len % 2:
@@ -261,10 +247,10 @@ def make_optimizer(model, device):
 def get_batch(tokens, args, init, step):
     """(b, T + 1) ids: random windows. In tbtt, rows that carry a state go on where they were."""
     place = (tokens, WORLD * args.batch_size, args.seq_len, args.seed, step)
-    batch = own_rows(random_windows(*place))
+    batch = own_rows(data.random_windows(*place))
     if args.init_state == "tbtt":
         zeros = init.zeros(args.batch_size)
-        batch[zeros:] = own_rows(next_windows(*place))[zeros:]
+        batch[zeros:] = own_rows(data.next_windows(*place))[zeros:]
     return batch.to(init.device)
 
 
@@ -272,12 +258,12 @@ def get_batch(tokens, args, init, step):
 def validate(model, tokens, T, device):
     """Mean losses (nats/token) on held-out text, always the same: in windows of T tokens from a zero state,
     and in the second half of texts of 64 T tokens through which the state is carried."""
-    windows = random_windows(tokens, max(16, 32768 // T), T, seed=0, step=0).to(device)
+    windows = data.random_windows(tokens, max(16, 32768 // T), T, seed=0, step=0).to(device)
     _, window_loss, _ = model(windows[:, :-1], windows[:, 1:])
     segments = min(64, len(tokens) // T)
     state, carried = None, []
     for i in range(segments):
-        batch = next_windows(tokens, 16, T, seed=0, step=i).to(device)
+        batch = data.next_windows(tokens, 16, T, seed=0, step=i).to(device)
         _, loss, state = model(batch[:, :-1], batch[:, 1:], state)
         carried.append(loss)
     carried_loss = torch.stack(carried[segments // 2 :]).mean()
@@ -367,13 +353,13 @@ def save(args, step, model, optimizer, init, corpus):
         "tokens": step * WORLD * args.batch_size * args.seq_len,
         "processes": WORLD,
         "corpus_hash": corpus.hash,
-        "tokenizer_hash": hash_of(tokenizer_json(corpus.tokenizer)),
+        "tokenizer_hash": data.hash_of(data.tokenizer_json(corpus.tokenizer)),
         "made_by": {"git": commit, "torch": str(torch.__version__), "python": platform.python_version()},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "memory": memory,
     }
-    write_whole(Path(args.out) / "ckpt.pt", lambda file: torch.save(content, file))
+    data.write_whole(Path(args.out) / "ckpt.pt", lambda file: torch.save(content, file))
 
 
 def restore(checkpoint, args, corpus, optimizer, device):
@@ -393,7 +379,7 @@ def restore(checkpoint, args, corpus, optimizer, device):
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for line in whole if json.loads(line)["step"] <= checkpoint["step"]]
-        write_whole(log, "".join(kept).encode())
+        data.write_whole(log, "".join(kept).encode())
     return checkpoint["step"], memory
 
 
@@ -419,8 +405,8 @@ def main(argv=None):
     tokenizer = args.tokenizer
     if checkpoint:
         folder = args.out if args.resume else args.init_from
-        tokenizer = load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
-    corpus = load_corpus(args.dataset, tokenizer)
+        tokenizer = data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
+    corpus = data.load_corpus(args.dataset, tokenizer)
     if min(len(corpus.train), len(corpus.val)) < 2 * args.seq_len:
         raise ValueError(f"--dataset={args.dataset} holds less than two windows of {args.seq_len} tokens")
     torch.manual_seed(args.seed)
@@ -449,7 +435,9 @@ def main(argv=None):
                 init.fit(model, batch[:, :-1], rate=1 / (i + 1))  # the plain mean of all
     if not args.resume:
         if RANK == 0:
-            write_whole(Path(args.out) / "tokenizer.json", tokenizer_json(corpus.tokenizer).encode())
+            data.write_whole(
+                Path(args.out) / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode()
+            )
         save(args, step, model, optimizer, init, corpus)
     print(f"after Ctrl-C or a power cut: python train.py --out={args.out} --resume\n")
 
@@ -504,7 +492,7 @@ def main(argv=None):
     bar.close()
 
     # What it has learnt.
-    separator = torch.tensor([[corpus.tokenizer.encode_single_token(SEPARATOR)]], device=device)
+    separator = torch.tensor([[corpus.tokenizer.encode_single_token(data.SEPARATOR)]], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
     with eager():
         sample = model.eval().generate(separator, 256, generator=generator)
@@ -513,4 +501,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    data.run_script(main)

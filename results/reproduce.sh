@@ -1,126 +1,184 @@
 #!/usr/bin/env bash
-# Everything that results/README.md shows, from the first base model to the last figure.
+# Everything that results/README.md shows: trains, evaluates, and ends with results/report.py.
 #
-#     bash results/reproduce.sh             three seeds; two to three hours on two CPU cores
-#     bash results/reproduce.sh --quick     failure and repair only: one seed, a shorter base, shorter texts; 8 minutes
-#     JOBS=8 bash results/reproduce.sh      so many runs at once, of one thread each [as many as the machine has cores]
+#     bash results/reproduce.sh              all stages; see below for how long each takes
+#     bash results/reproduce.sh headline     one or some of them
+#     bash results/reproduce.sh --quick      failure and repair only: one seed, shorter texts; under 10 minutes
+#     JOBS=8 bash results/reproduce.sh       so many runs at once, of one thread each [the machine's cores]
 #
-# Stop it whenever you like: the next call goes on. Runs are in out/reproduce, what they gave in results/results.jsonl.
+# Stop it whenever you like: the next call goes on. Runs are in out/evidence, each with its log (<run>.txt); what was
+# measured is in results/results.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores are ten times slower
-folder=out/reproduce base=2000 post=500 seeds="0 1 2" length=131072
-if [ "${1:-}" = --quick ]; then
-    folder=out/quick base=500 post=200 seeds=0 length=16384
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores get in each other's way
+folder=out/evidence bases=2000 steps=500 seeds="2 3 4 5 6 7" length=131072
+stages="${*:-headline forgetting origin sensitivity corpora past dose}"
+if [ "$stages" = --quick ]; then
+    folder=out/quick bases=1000 steps=300 seeds=2 length=16384 stages=headline
 fi
 
-train() { # train NAME FLAGS...: a new run, or the rest of one, or nothing
+once() { # once NAME COMMAND...: if it has not been done yet
+    [ -e "$folder/$1.done" ] || { "${@:2}" && touch "$folder/$1.done"; }
+}
+
+train() { # train NAME SCRIPT FLAGS...: a new run, or the rest of one
     if [ -e "$folder/$1/ckpt.pt" ]; then
-        python train.py --out="$folder/$1" --resume
+        python "$2" --out="$folder/$1" --resume
     else
-        python train.py --out="$folder/$1" --compile=on --log_every=100 --val_every=500 --save_every=250 "${@:2}"
+        rm -rf "${folder:?}/$1"
+        python "$2" --out="$folder/$1" --compile=on --log_every=100 --save_every=500 "${@:3}"
     fi
 }
 
-measure() { # measure NAME FLAGS...
-    python eval_long.py "$folder/$1" --out="$folder/$1/eval" "${@:2}"
+evaluate() { # evaluate NAME LENGTH
+    python eval_long.py "$folder/$1" --out="$folder/$1/eval" --max_len="$2" --sequences=8
 }
 
-evaluate() { # evaluate NAME: all that is asked about this kind of run
-    case $1 in
-    copy-*)
-        measure "$1" --measure=recall --max_len=256 ;;
-    passkey-*)
-        measure "$1" --measure=recall ;;
-    T=* | n=* | A=* | steps=*)
-        measure "$1" --max_len=32768 --sequences=8 ;;
-    *)
-        measure "$1" --max_len=$length --sequences=8 ;;
-    esac
-    [ $folder = out/quick ] && return
-    case $1 in base-* | zero-* | noise-* | fitted-* | prev-* | tbtt-*)
-        measure "$1" --measure=remembrance --max_len=128 --sequences=32
-        measure "$1" --measure=remembrance --max_len=4096 --sequences=32
-        measure "$1" --measure=init_state --sequences=96 ;;
-    esac
-    case $1 in base-*) # the repair without training: the scale is chosen on training text
-        for scale in 0.03 0.06 0.12 0.25 0.5; do
-            measure "$1" --dt_scale=$scale --part=train --max_len=8192 --sequences=4
-        done
-        measure "$1" --dt_scale="$(python results/report.py --best_dt_scale="$folder/$1")" --max_len=$length --sequences=8 ;;
-    esac
+run() { # run NAME LENGTH SCRIPT FLAGS...: trains and evaluates
+    once "$1" train "$1" "${@:3}"
+    once "$1-$2" evaluate "$1" "$2"
 }
 
-job() { # job train|evaluate NAME FLAGS...
-    name=$2
-    trap '[ $? = 0 ] || { echo "$name failed: $(tail -n 1 "$folder/$name.txt")"; exit 255; }' EXIT
-    "$@" >>"$folder/$name.txt" 2>&1
-    echo "$(date +%T) $1 $name, $((SECONDS / 60)):$(printf %02d $((SECONDS % 60)))"
+change() { # change NAME LENGTH ARGUMENTS OF SURGERY: another memory without training, and evaluates
+    once "$1" python results/surgery.py "$3" "$folder/$4" "$folder/$1" "${@:5}"
+    once "$1-$2" evaluate "$1" "$2"
 }
 
-in_parallel() { # a job for each line of what comes in
+measure() { # measure NAME MEASURE RUNS...
+    once "$1" python results/measure.py "${@:2}" --out="$folder/$1.jsonl"
+}
+
+job() { # what stands in one line of a stage
+    trap '[ $? = 0 ] || { echo "$2 failed: $(tail -n 1 "$folder/$2.txt")"; exit 255; }' EXIT
+    "$@" >>"$folder/$2.txt" 2>&1
+    echo "$(date +%T) $2"
+}
+
+in_parallel() {
     xargs -P "${JOBS:-$(getconf _NPROCESSORS_ONLN)}" -L 1 bash -euo pipefail -c 'job "$@"' job
 }
 
-export folder length
-export -f train measure evaluate job
+export folder
+export -f once train evaluate run change measure job
 mkdir -p "$folder"
+T=$(python -c "import train; print(train.make_parser().get_default('seq_len'))")
 
-{
-    for seed in $seeds; do
-        echo "train base-$seed --steps=$base --seed=$seed"
-    done
-    [ "$folder" = out/quick ] || {
-        for seed in $seeds; do # 6. from scratch, as many tokens as base and post-training together
-            for state in prev tbtt; do
-                echo "train scratch-$state-$seed --init_state=$state --steps=$((base + post)) --seed=$seed"
+post() { # post NAME SEED BASE FLAGS...: a line for a stage: more training of a base
+    echo "run $1 ${at:-32768} ${script:-train.py} --init_from=$folder/$3 --seed=$2 ${*:4}"
+}
+
+for stage in $stages; do
+    echo "$(date +%T) stage $stage"
+    case $stage in
+    headline) # the question: does another initial state repair what fails, and more training from zero not?
+        for s in $seeds; do
+            echo "run base-$s $length train.py --seed=$s --steps=$bases"
+        done | in_parallel
+        for s in $seeds; do
+            for state in zero prev tbtt fitted noise; do
+                at=$length post "$state-$s" "$s" "base-$s" --init_state=$state --steps=$steps
             done
-            echo "train long-$seed --seq_len=256 --batch_size=16 --steps=$base --seed=$seed" # for 1.
-        done
-        for state in zero prev; do # 5. strict generalization
-            echo "train copy-$state --init_state=$state --dataset=copy --tokenizer=byte --steps=1500"
-        done
-        for steps in 1000 500; do # 2. when does a model fail: one factor at a time, changed in steps=500
-            echo "train steps=$steps --steps=$steps"
-        done
-        for T in 16 64 128; do
-            echo "train T=$T --seq_len=$T --batch_size=$((4096 / T)) --steps=500"
-        done
-        for n in 16 64; do
-            echo "train n=$n --d_state=$n --steps=500"
-        done
-        for low in 0.1 1; do
-            echo "train A=$low --A_init_range $low 16 --steps=500"
-        done
-        echo "train A=official --A_init=uniform --A_init_range 1 16 --steps=500"
-    }
-} | in_parallel
+        done | in_parallel
+        for s in $seeds; do
+            echo "change cap-$s $length cap zero-$s --tokens=$((2 * T))"
+        done | in_parallel
+        ;;
+    forgetting) # is it that the memories get shorter, or that the model tolerates late states?
+        for s in 2 3 4 5; do
+            for state in zero noise prev; do
+                script=results/frozen.py post "frozen-$state-$s" "$s" "base-$s" --init_state=$state
+            done
+        done | in_parallel
+        for s in $seeds; do
+            for times in 1 2 4 8 32; do
+                echo "change cap$times-$s 32768 cap base-$s --tokens=$((times * T))"
+            done
+            echo "change prevs_rates-$s 32768 transplant base-$s --donor=$folder/prev-$s"
+            echo "change bases_rates-$s 32768 transplant prev-$s --donor=$folder/base-$s"
+        done | in_parallel
+        for s in $seeds; do
+            runs="$folder/base-$s $folder/zero-$s $folder/noise-$s $folder/fitted-$s $folder/prev-$s $folder/tbtt-$s"
+            echo "measure memory-$s memory $runs"
+            echo "measure late-$s late_state $runs --of $folder/base-$s"
+            echo "measure remembrance-$s remembrance $runs"
+        done | in_parallel
+        ;;
+    origin) # where the failure comes from: the slowest rates of forgetting at the start
+        {
+            echo "run official5000 32768 train.py --A_init=uniform --A_init_range 1 16 --seed=0 --steps=5000"
+            for s in 0 1; do
+                for low in 0.01 0.1 1; do
+                    echo "run low$low-$s 32768 train.py --A_init_range $low 16 --seed=$s --steps=$bases"
+                done
+                echo "run official-$s 32768 train.py --A_init=uniform --A_init_range 1 16 --seed=$s --steps=$bases"
+            done
+        } | in_parallel
+        ;;
+    sensitivity) # what a wrong initial state costs
+        for s in $seeds; do
+            runs="$folder/base-$s $folder/zero-$s $folder/cap-$s $folder/prev-$s $folder/tbtt-$s"
+            echo "measure wrong-$s wrong_state $runs"
+        done | in_parallel
+        ;;
+    corpora) # another corpus: English prose, from Debian's package anarchism; another size: mid
+        if [ ! -d out/anarchism ]; then
+            (cd out && apt-get download anarchism && dpkg-deb -x anarchism_*.deb anarchism.deb)
+            python - <<'P'
+import html, pathlib, re
+folder = pathlib.Path("out/anarchism")
+folder.mkdir()
+for page in pathlib.Path("out/anarchism.deb/usr/share/doc/anarchism/html").rglob("*.html"):
+    text = re.sub(r"(?s)<(script|style).*?</\1>|<[^>]*>", "", page.read_text(errors="ignore"))
+    (folder / f"{page.stem}.txt").write_text(re.sub(r"\s*\n\s*", "\n", html.unescape(text)).strip())
+P
+        fi
+        {
+            echo "run mid-base 32768 train.py --preset=mid --seed=0"
+            for s in 0 1; do
+                echo "run prose-base-$s 32768 train.py --dataset=out/anarchism --seed=$s --steps=$bases"
+            done
+        } | in_parallel
+        {
+            for state in zero prev tbtt; do
+                post mid-$state 0 mid-base --init_state=$state
+            done
+            for s in 0 1; do
+                for state in zero prev; do
+                    post "prose-$state-$s" "$s" "prose-base-$s" --init_state=$state
+                done
+            done
+        } | in_parallel
+        echo "change mid-cap 32768 cap mid-zero --tokens=512" | in_parallel
+        ;;
+    past) # who predicts better because of the longer past?
+        for s in 2 3; do
+            for steps in 500 2000; do
+                post "past-zero-1-$steps-$s" "$s" "base-$s" --init_state=zero --steps=$steps
+                for state in prev tbtt; do
+                    for prob in 0.1 0.5 1; do
+                        post "past-$state-$prob-$steps-$s" "$s" "base-$s" --init_state=$state \
+                            --init_prob=$prob --steps=$steps
+                    done
+                done
+            done
+        done | in_parallel
+        for s in 2 3; do
+            for steps in 500 2000; do
+                echo "change past-cap-1-$steps-$s 32768 cap past-zero-1-$steps-$s --tokens=$((2 * T))"
+            done
+        done | in_parallel
+        ;;
+    dose) # how many steps does it take?
+        for s in 2 3; do
+            for steps in 125 250 1000 2000; do
+                for state in zero prev; do
+                    post "dose-$state-$steps-$s" "$s" "base-$s" --init_state=$state --steps=$steps
+                done
+            done
+        done | in_parallel
+        ;;
+    *) echo "no stage $stage" && exit 2 ;;
+    esac
+done
 
-{
-    for seed in $seeds; do # 1. failure and repair
-        for state in zero noise fitted prev tbtt; do
-            echo "train $state-$seed --init_from=$folder/base-$seed --init_state=$state --steps=$post --seed=$seed"
-        done
-    done
-    [ "$folder" = out/quick ] || {
-        for seed in $seeds; do
-            echo "train plain-$seed --init_from=$folder/base-$seed --rates_lr=1 --steps=$post --seed=$seed"
-        done
-        for std in 0.01 0.03 0.3; do
-            echo "train noise_std=$std --init_from=$folder/base-0 --init_state=noise --noise_std=$std"
-        done
-        for flag in init_prob=0.5 init_prob=1 rates_lr=1; do # what the repair depends on
-            echo "train $flag --init_from=$folder/base-0 --init_state=prev --$flag"
-        done
-        for state in zero fitted prev; do # 5.
-            echo "train passkey-$state --init_from=$folder/base-0 --init_state=$state --dataset=passkey"
-        done
-    }
-} | in_parallel
-
-for run in "$folder"/*/; do
-    echo "evaluate $(basename "$run")"
-done | in_parallel
-
-cat "$folder"/*/eval/results.jsonl >"$folder/results.jsonl"
-python results/report.py "$folder"
+python results/report.py --collect="$folder"
