@@ -48,52 +48,6 @@ class Corpus(NamedTuple):
     val: np.ndarray
 
 
-def hash_of(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
-
-
-def write_whole(path, content):
-    """Writes bytes, or what content(file) writes, to a temporary file, and renames it to `path`: whoever
-    looks there finds the old file or the whole new one, whatever interrupts."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}); it is as it was") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_can_write(folder):
-    """ValueError if a file in `folder`, which need not exist yet, could not be written."""
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out={folder} cannot be written to: {there} is no folder to write in")
-
-
-def run_script(main):
-    """Errors in one line. Exit code 2: a flag or a file is wrong, and nothing was done; 1: what else goes
-    wrong."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Documents
 
@@ -337,6 +291,55 @@ def next_windows(tokens, b, l, seed, step):
     of step j. At the end of the text a stream goes on with its beginning."""
     start = np.random.default_rng(seed).integers(len(tokens)) + np.arange(b) * (len(tokens) // b) + step * l
     return torch.from_numpy(tokens[(start[:, None] + np.arange(l + 1)) % len(tokens)].astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and errors, for the other scripts too
+
+
+def hash_of(content):
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
+
+
+def write_whole(path, content):
+    """Writes bytes, or what content(file) writes, to a temporary file, and renames it to `path`: whoever
+    looks there finds the old file or the whole new one, whatever interrupts."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}); it is as it was") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_can_write(folder):
+    """ValueError if a file in `folder`, which need not exist yet, could not be written."""
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out={folder} cannot be written to: {there} is no folder to write in")
+
+
+def run_script(main):
+    """Errors in one line. Exit code 2: a flag or a file is wrong, and nothing was done; else 1."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main(argv=None):

@@ -114,19 +114,17 @@ def print_table(results):
     width = max(28, *(len(run) + 2 for run in results))
     print(f"\n{'':24}" + "".join(f"{run:>{width}}" for run in results))
     print(f"{'t':>13}{'tokens':>11}" + f"{'perplexity   excess   +-':>{width}}" * len(results))
-    places = sorted({(row["from"], row["to"], row["tokens"]) for rows in results.values() for row in rows})
-    for begin, end, tokens in places:
-        line = f"{f'{begin}-{end}':>13}{tokens:>11,}"
-        for rows in results.values():
-            cell = ""
-            for row in rows:
-                if (row["from"], row["to"]) == (begin, end):
-                    error = "" if row["excess_se"] is None else f"{row['excess_se']:.3f}"
-                    cell = f"{math.exp(row['nll']):10.2f} {row['excess']:+8.3f} {error:>5}"
-            line += f"{cell:>{width}}"
-        print(line)
-    losses = [f"{rows[0]['window_loss']:{width}.3f}" for rows in results.values()]
-    print(f"{'window loss':>24}" + "".join(losses))
+    cells = {}  # (from, to, tokens): {run: text}
+    for run, rows in results.items():
+        for row in rows:
+            error = "" if row["excess_se"] is None else f"{row['excess_se']:.3f}"
+            text = f"{math.exp(row['nll']):10.2f} {row['excess']:+8.3f} {error:>5}"
+            cells.setdefault((row["from"], row["to"], row["tokens"]), {})[run] = text
+    for (begin, end, tokens), texts in sorted(cells.items()):
+        line = "".join(f"{texts.get(run, ''):>{width}}" for run in results)
+        print(f"{f'{begin}-{end}':>13}{tokens:>11,}{line}")
+    losses = "".join(f"{rows[0]['window_loss']:{width}.3f}" for rows in results.values())
+    print(f"{'window loss':>24}{losses}")
     print("\nexcess: nats/token lost by reading all t tokens, not only the last T/2 to T; +-: standard error")
     print("window loss: nats/token in windows of T tokens from a zero state")
 
@@ -139,26 +137,28 @@ def draw(path, results):
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for i, (run, rows) in enumerate(results.items()):
-        modes = [other[0]["init_state"] for other in list(results.values())[:i]]
-        style = ["-", "--", ":", "-."][modes.count(rows[0]["init_state"]) % 4]
-        look = {"color": COLORS[rows[0]["init_state"]], "linestyle": style, "marker": "o", "markersize": 3}
+    used = []
+    for run, rows in results.items():
+        mode = rows[0]["init_state"]
+        style = ["-", "--", ":", "-."][used.count(mode) % 4]  # runs of one mode have one colour
+        used.append(mode)
+        look = {"color": COLORS[mode], "linestyle": style, "marker": "o", "markersize": 3}
         t = [row["to"] for row in rows]
         left.plot(t, [math.exp(row["nll"]) for row in rows], label=run, **look)
         right.plot(t, [row["excess"] for row in rows], **look)
     left.set(ylabel="perplexity", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
+    left.legend()
     right.set(ylabel="excess over a restart (nats/token)")
     right.axhline(0, color="gray", linewidth=0.8)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("t, tokens before the predicted one")
-        axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
         axis.grid(alpha=0.3)
         for T in {rows[0]["seq_len"] for rows in results.values()}:
             axis.axvline(T, color="gray", linestyle=":")
-    left.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    left.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
-    left.legend()
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     pyplot.close(figure)
 

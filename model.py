@@ -268,41 +268,36 @@ class Mamba2LM(nn.Module):
     def from_pretrained(cls, folder):
         """An official Mamba-2 checkpoint: a folder with config.json and pytorch_model.bin (mamba_ssm) or
         model.safetensors (transformers). ValueError names what differs from the architecture here."""
-        text = (Path(folder) / "config.json").read_text()
+        folder = Path(folder)
+        text = (folder / "config.json").read_text()
         fields = json.loads(text, object_hook=lambda d: math.inf if "__float__" in d else d)
-        theirs = {"headdim": "head_dim", "d_conv": "conv_kernel", "expand": "expand", "d_state": "state_size"}
-        theirs |= {"d_model": "hidden_size", "n_layer": "num_hidden_layers"}
-        if "hidden_size" in fields:  # transformers' names; its default is an lm_head of its own
-            fields |= {ours: fields[name] for ours, name in theirs.items() if name in fields}
-            fields["tie_embeddings"] = fields.get("tie_word_embeddings", False)
-        else:  # mamba_ssm's names; its default is another layer
+        if "hidden_size" in fields:  # by transformers
+            names = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state"}
+            names |= {"head_dim": "headdim", "conv_kernel": "d_conv", "tie_word_embeddings": "tie_embeddings"}
+            names |= {"n_groups": "ngroups", "use_bias": "bias", "use_conv_bias": "conv_bias"}
+            names |= {"time_step_limit": "dt_limit"}
+            fields = {"tie_embeddings": False} | {names.get(k, k): value for k, value in fields.items()}
+        else:  # by mamba_ssm
             fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})
-        # What other Mamba-2 models may have, and the only value of it that is implemented here.
-        only = {"model_type": "mamba2", "layer": "Mamba2", "ngroups": 1, "n_groups": 1, "hidden_act": "silu"}
-        only |= {"attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True, "norm_before_gate": False}
-        only |= {
-            "D_has_hdim": False,
-            "bias": False,
-            "use_bias": False,
-            "conv_bias": True,
-            "use_conv_bias": True,
-        }
-        only |= {"dt_limit": [0, math.inf], "time_step_limit": [0, math.inf], "layer_norm_epsilon": 1e-5}
+        # What other models may have, and the only value of it that is implemented here.
+        only = {"model_type": "mamba2", "layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True}
+        only |= {"attn_layer_idx": [], "d_intermediate": 0, "D_has_hdim": False, "norm_before_gate": False}
+        only |= {"dt_limit": [0, math.inf], "rms_norm": True, "hidden_act": "silu"}
         for name, value in only.items():
             if fields.get(name, value) != value:
                 raise ValueError(f"{name}={fields[name]} is not implemented here, only {value} is")
-        if (Path(folder) / "model.safetensors").exists():
+        if (folder / "model.safetensors").exists():
             from safetensors.torch import load_file
 
-            weights = load_file(Path(folder) / "model.safetensors")
+            weights = load_file(folder / "model.safetensors")
         else:
-            file = Path(folder) / "pytorch_model.bin"
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
         weights = {name.replace(".embeddings.", ".embedding."): weight for name, weight in weights.items()}
         embedding = weights["backbone.embedding.weight"]  # (vocab_size, rounded up; d_model)
         if fields.get("tie_embeddings", True):
             weights["lm_head.weight"] = embedding
-        sizes = {name: fields[name] for name in (*theirs, "tie_embeddings") if name in fields}
+        sizes = ("d_model", "n_layer", "d_state", "headdim", "expand", "d_conv", "tie_embeddings")
+        sizes = {name: fields[name] for name in sizes if name in fields}
         model = cls(Mamba2Config(vocab_size=len(embedding), **sizes))
         model.load_state_dict(weights)
         return model

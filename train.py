@@ -44,8 +44,8 @@ from model import Mamba2Config, Mamba2LM, choose_device, load_run
 # ------------------------------------------------------------------------------------------------------------
 # Flags. Some have other defaults in a preset, or in post-training.
 
-MID = {"d_model": 256, "n_layer": 4, "headdim": 64, "chunk": 64}
-SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "chunk": 64, "tokenizer": "bpe4096"}
+MID = {"d_model": 256, "n_layer": 4, "headdim": 64}
+SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "tokenizer": "bpe4096"}
 PRESETS = {
     "tiny": {},  # 0.4M parameters: fails within minutes on a CPU
     "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.6M
@@ -90,8 +90,8 @@ def make_parser():
     flag("--init_from", metavar="RUN", help="start from the weights of this run, or official checkpoint")
     flag("--preset", default="tiny", choices=PRESETS, help="sizes of the model and of its training")
     flag("--steps", default=500, type=count, help="optimizer steps")
-    flag("--batch_size", default=128, type=count, help="windows a step, in each process")
-    flag("--seq_len", default=32, type=number(int, 2), help="T, tokens of a training window, an even number")
+    flag("--batch_size", default=64, type=count, help="windows a step, in each process")
+    flag("--seq_len", default=64, type=number(int, 2), help="T, tokens of a training window, an even number")
     flag("--lr", default=3e-3, type=positive, help="peak learning rate")
     flag("--seed", default=0, type=number(int, 0), help="of the weights, the batches and the noise")
     flag("--dataset", default="python", help="python (its library's sources), or a UTF-8 text file or folder")
@@ -109,7 +109,7 @@ def make_parser():
     flag("--n_layer", default=2, type=count, help="layers")
     flag("--d_state", default=128, type=count, help="n, numbers of state for each channel")
     flag("--headdim", default=32, type=count, help="p, channels of a head")
-    flag("--chunk", default=32, type=count, help="tokens the scan takes at once, a power of two")
+    flag("--chunk", default=64, type=count, help="tokens the scan takes at once, a power of two")
     flag("--A_init", default="log", choices=["log", "uniform"], help="how A, the rates of forgetting, start")
     flag("--A_init_range", default=[0.01, 16.0], type=number(float, 1e-9), nargs=2, metavar=("LOW", "HIGH"),
          help="their range")
@@ -276,7 +276,8 @@ def choose_dtype(name, device):
         return name
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, check, bool)() for check in checks)
     return "bfloat16" if fast else "float32"
 
 

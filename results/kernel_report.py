@@ -7,6 +7,7 @@ The last line of each is one JSON object. results/kernel_compile.txt is the outp
 """
 
 import argparse
+import functools
 import itertools
 import json
 import re
@@ -137,14 +138,14 @@ def occupancy(target, warps, registers, shared):
     return round(programs * warps / target.most_warps, 2)
 
 
-HEAD = """Kernels of triton {}, forward and backward. l = 2048: with an initial state and a gradient of the final
-state, l = 32: with neither. Of a program: tiles of p and n, warps, shared memory in bytes. Of a thread: registers,
-bytes spilled. In the code: tensor-core instructions / matrix products. filled: warps on a multiprocessor
+HEAD = """Kernels of triton {}, forward and backward. l = 2048: with an initial state and a gradient of the
+final state; l = 32: with neither. P, N: tiles. Of a thread: registers, bytes spilled. Of a program: bytes of
+shared memory. In the code: tensor-core instructions / matrix products. filled: warps on a multiprocessor
 over the most there can be, estimated.
 
-shape       dtype target     l  kernel                  P   N warps registers spilled  shared   tensor  filled"""
-ROW = "{shape:12}{dtype:6}{target:7}{l:5}  {kernel:22}{P:3}{N:4}{warps:6}{registers:10}{spilled:8}{shared:8,}"
-ROW += "{tensor_ops:7} / {products}{occupancy:8.0%}"
+shape       dtype target     l kernel                  P   N warps registers spilled  shared  tensor filled"""
+ROW = "{shape:12}{dtype:6}{target:7}{l:5} {kernel:22}{P:3}{N:4}{warps:6}{registers:10}{spilled:8}{shared:8,}"
+ROW += "{tensor_ops:4} / {products}{occupancy:7.0%}"
 
 
 def compile_report(args):
@@ -181,7 +182,7 @@ def time_kernel(name, shape, dtype, tokens):
     """-> ms of all launches of this kernel in a step, and the bytes of their tensors, each once"""
     ms, size = 0, 0
     for kernel, grid, args, kwargs in record(shape, dtype, max(1, tokens // 2048), 2048, True, "cuda"):
-        run = lambda launch=kernel[grid]: launch(*args, **kwargs)  # noqa: B023
+        run = functools.partial(kernel[grid], *args, **kwargs)
         run()
         if kernel.fn.__name__ == name:
             ms += median_ms(run)
@@ -201,12 +202,13 @@ def sweep(args):
     report["product_tflops"] = round(2 * 8192**3 / median_ms(lambda: torch.mm(square, square)) / 1e9)
     print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
     settings = scan_kernel.SETTINGS
-    report["times"] = []
+    report["times"] = {}
     for dtype, name in itertools.product(args.dtypes, KERNELS):
         present = settings[name]
         column = DTYPES[dtype].itemsize // 4
+        others = itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3))
         times = {}
-        for setting in [present[column], *itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3))]:
+        for setting in dict.fromkeys([present[column], *others]):
             settings[name] = (setting, setting)
             try:
                 ms, size = time_kernel(name, shape, dtype, args.tokens)
@@ -214,15 +216,12 @@ def sweep(args):
                 print(f"{name:22} {dtype} {setting} does not run: {type(error).__name__}", flush=True)
                 continue
             times[setting] = ms
-            row = {"kernel": name, "dtype": dtype, "setting": setting, "ms": ms, "gb_s": size / ms / 1e6}
-            report["times"].append(row)
-            print("{kernel:22} {dtype} {setting}  {ms:.3f} ms, {gb_s:,.0f} GB/s".format(**row), flush=True)
+            print(f"{name:22} {dtype} {setting}  {ms:.3f} ms, {size / ms / 1e6:,.0f} GB/s", flush=True)
+        report["times"][f"{name} {dtype}"] = [[*setting, ms] for setting, ms in times.items()]
         best = min(times, key=times.get, default=present[column])
         settings[name] = (best, present[1]) if column == 0 else (present[0], best)
-    print("\nSETTINGS = {  # kernel: (for 16 bits, for 32 bits)")
-    for name, both in settings.items():
-        print(f'    "{name}": {both},')
-    print("}")
+    lines = [f'    "{name}": {both},' for name, both in settings.items()]
+    print("\n".join(["\nSETTINGS = {  # kernel: (for 16 bits, for 32 bits)", *lines, "}"]))
     return report | {"settings": settings}
 
 

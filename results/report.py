@@ -1,7 +1,7 @@
-"""The figures and tables of results/ from what results/reproduce.sh measured: means and standard deviations over seeds.
+"""Figures and tables of both READMEs, from what results/reproduce.sh measured.
 
-python results/report.py                  results/results.jsonl -> results/*.png, and the tables, also into the READMEs
-python results/report.py out/reproduce    the same, but first takes the results from the runs there, and base-0 itself
+python results/report.py                          results/results.jsonl -> results/*.png, and the tables
+python results/report.py --collect=out/evidence   first takes the results from the runs there
 """
 
 import argparse
@@ -9,328 +9,540 @@ import contextlib
 import io
 import itertools
 import json
-import math
 import re
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 
+import matplotlib
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from data import write_whole
-from eval_long import MEASURES, draw, panels, print_perplexity
+import eval_long
+from data import run_script, write_whole
 from model import load_run
 
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the choice of a backend
+
 RESULTS = ROOT / "results"
-PLACE = ("seq_len", "to", "N", "context", "start", "depth")  # what tells the rows of a run and measure apart
-NUMBERS = ("nll", "excess", "window_loss", "state_std", "remembrance", "cost", "accuracy")
-LABELS = {"base": "base", "zero": "zero (control)", "plain": "zero, rates_lr 1", "noise": "noise", "fitted": "fitted",
-          "prev": "prev", "tbtt": "tbtt", "long": "trained at 8 T", "dt": "base, dt scaled"}  # fmt: skip
-WHEN = {"training length T": ("T=16", "steps=500", "T=64", "T=128"),
-        "range of A": ("steps=500", "A=0.1", "A=1", "A=official"),
-        "state size n": ("n=16", "n=64", "steps=500"),
-        "training tokens": ("steps=500", "steps=1000", "base")}  # fmt: skip
-WHEN_LABELS = {("training length T", "steps=500"): "T=32", ("range of A", "steps=500"): "0.01 to 16",
-               ("state size n", "steps=500"): "n=128", "A=0.1": "0.1 to 16", "A=1": "1 to 16, logarithmic",
-               "A=official": "1 to 16, uniform (official)", "steps=500": "2M", "steps=1000": "4.1M", "base": "8.2M"}  # fmt: skip
-DEPENDS = {"zero": "zero (control)", "prev": "prev", "init_prob=0.5": "prev, init_prob 0.5", "init_prob=1": "prev, init_prob 1",
-           "rates_lr=1": "prev, rates_lr 1", "noise_std=0.01": "noise, std 0.01", "noise_std=0.03": "noise, std 0.03",
-           "noise": "noise, std 0.1", "noise_std=0.3": "noise, std 0.3"}  # fmt: skip
-SCRATCH = {"prev": "prev", "tbtt": "tbtt", "scratch-prev": "prev from scratch", "scratch-tbtt": "tbtt from scratch"}
-SHADES = ("#DCC15A", "#56A36C", "#2D708E", "#440154")
+FAR = 32768  # tokens: where the arms are compared
+SEEDS = (2, 3, 4, 5, 6, 7)  # 0 and 1 chose the setting
+COLORS = eval_long.COLORS | {"base": "#999999", "cap": "#D55E00"}
+LABELS = {
+    "base": "base",
+    "zero": "control: 500 more from zero",
+    "cap": "control, memories capped at 2 T",
+    "noise": "noise",
+    "fitted": "fitted noise",
+    "prev": "State Passing (prev)",
+    "tbtt": "TBTT",
+}
+KEPT = (
+    "run",
+    "init_state",
+    "step",
+    "seq_len",
+    "from",
+    "to",
+    "tokens",
+    "nll",
+    "excess",
+    "excess_se",
+    "window_loss",
+)
 
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def kind_of(row):
-    """base-1 -> base; the base with a scaled dt -> dt"""
-    name, _, seed = Path(row["run"]).name.rpartition("-")
-    return "dt" if row["dt_scale"] != 1 else name if seed.isdigit() else Path(row["run"]).name
-
-
-def over_seeds(rows, measure):
-    """-> {kind of run: its rows, means over the seeds, with the standard deviation in <name>_se}"""
-    groups = {}
+def collect(folder):
+    """One file of all results in a folder of runs, and the base of the first seed without its optimizer."""
+    rows = []
+    for path in sorted(folder.glob("*/eval/results.jsonl")):
+        for row in read_jsonl(path):
+            rows.append({name: row[name] for name in KEPT} | {"run": path.parts[-3]})
+    for path in sorted(folder.glob("*.jsonl")):
+        rows += read_jsonl(path)
     for row in rows:
-        if row["measure"] == measure and row["part"] == "val":
-            groups.setdefault(kind_of(row), {}).setdefault(tuple(row.get(name) for name in PLACE), []).append(row)
-    merged = {}
-    for kind, places in groups.items():
-        for same in places.values():
-            means = {"seeds": len(same)}
-            for name in NUMBERS:
-                if name in same[0]:
-                    values = [row[name] for row in same]
-                    means |= {name: statistics.mean(values),
-                              f"{name}_se": statistics.stdev(values) if len(values) > 1 else 0.0}  # fmt: skip
-            if measure == "perplexity":
-                means["perplexity"] = math.exp(means["nll"])
-            merged.setdefault(kind, []).append(same[0] | means)
-    return merged
+        for name, value in row.items():
+            if isinstance(value, float):
+                row[name] = round(value, 5)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(RESULTS / "results.jsonl", lines.encode())
+    _, checkpoint = load_run(folder / f"base-{SEEDS[0]}")
+    kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "memory")}
+    write_whole(RESULTS / "base/ckpt.pt", lambda file: torch.save(kept, file))
+    write_whole(RESULTS / "base/tokenizer.json", (folder / f"base-{SEEDS[0]}/tokenizer.json").read_bytes())
 
 
-def of_seed_0(rows):
-    """To compare with runs that there is one of: the same base, batches and noise."""
-    return [row for row in rows if not re.search("-[1-9]$", row["run"])]
+class Results:
+    """What was measured, by the name of the run."""
+
+    def __init__(self, rows):
+        self.curves = {}  # {run: its rows of eval_long.py}
+        self.measures = {}  # {(measure, run): its rows of measure.py}
+        for row in rows:
+            if "measure" in row:
+                self.measures.setdefault((row["measure"], row["run"]), []).append(row)
+            else:
+                self.curves.setdefault(row["run"], []).append(row)
+
+    def at(self, run, name, t=FAR):
+        """A number of a run in the bucket that ends at t."""
+        return next(row[name] for row in self.curves[run] if row["to"] == t)
+
+    def per_seed(self, arm, name, t=FAR, seeds=SEEDS):
+        return [self.at(f"{arm}-{seed}", name, t) for seed in seeds if f"{arm}-{seed}" in self.curves]
+
+    def T(self):
+        return self.curves[f"base-{SEEDS[0]}"][0]["seq_len"]
 
 
-def pick(results, labels):
-    return {label: results[kind] for kind, label in labels.items() if kind in results}
+def spread(values, style="+.2f"):
+    """Median and range"""
+    return f"{statistics.median(values):{style}} ({min(values):{style}} to {max(values):{style}})"
 
 
-def excess_table(results, ts=(128, 512, 2048, 8192, 32768, 131072)):
-    """Excess up to some t, mean and spread over the seeds; the loss within T."""
-    present = {row["to"] for rows in results.values() for row in rows}
-    ts = [t for t in ts if t in present]
-    lines = ["| | " + " | ".join(f"t = {t:,}" for t in ts) + " | window loss |", "|---" * (len(ts) + 2) + "|"]
-    for name, rows in results.items():
-        at = {row["to"]: row for row in rows}
-        cells = [spread(at[t], "excess", "+.2f") if t in at else "" for t in ts]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {spread(rows[0], 'window_loss', '.3f')} |")
-    return "\n".join(lines)
+def sign_flip_p(differences):
+    """Two-sided: the share of all ways to flip signs that give a mean at least as far from 0."""
+    observed = abs(sum(differences))
+    flips = list(itertools.product((1, -1), repeat=len(differences)))
+    sums = [abs(sum(sign * d for sign, d in zip(signs, differences))) for signs in flips]
+    return sum(total >= observed - 1e-12 for total in sums) / len(flips)
 
 
-def spread(row, name, how):
-    """A mean with its standard deviation over the seeds, if there were several."""
-    return f"{row[name]:{how}}" + (f" ± {row[name + '_se']:{how[-3:]}}" if row["seeds"] > 1 else "")
+def table(head, rows):
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def when_label(title, kind):
-    return WHEN_LABELS.get((title, kind), WHEN_LABELS.get(kind, kind))
+# ------------------------------------------------------------------------------------------------------------
+# Tables
 
 
-def when_pictures(results):
-    pictures = []
-    for title, kinds in WHEN.items():
-        lines = {when_label(title, kind):
-                 (shade, [(row["to"], row["excess"], 0) for row in results[kind] if row["to"] <= 32768])
-                 for kind, shade in zip(kinds, SHADES[-len(kinds) :]) if kind in results}  # fmt: skip
-        pictures.append((title, "excess over a restart (nats/token)", lines))
-    return pictures
+def readme_table(results):
+    rows = []
+    for arm in ("base", "zero", "prev", "tbtt"):
+        excess = results.per_seed(arm, "excess")
+        repaired = sum(value <= 0.05 for value in excess)
+        window = statistics.median(results.per_seed(arm, "window_loss"))
+        cells = [LABELS[arm], spread(excess), f"{repaired} of {len(excess)}", f"{window:.3f}"]
+        rows.append(cells)
+    return table(["", f"excess at {FAR:,} tokens: median (range)", "repaired", "window loss"], rows)
 
 
-def when_table(results):
-    lines = ["| changed | excess at 256 T | window loss |", "|---|---|---|"]
-    for title, kinds in WHEN.items():
-        for kind in kinds:
-            for row in results.get(kind, []):
-                if row["to"] == 256 * row["seq_len"]:
-                    lines.append(
-                        f"| {title}: {when_label(title, kind)} | {row['excess']:+.2f} | {row['window_loss']:.2f} |"
-                    )
-    return "\n".join(lines)
+def headline_table(results):
+    """D = excess of the control - excess of the arm, paired by seed; costs against the control."""
+    rows = []
+    for arm in ("noise", "fitted", "prev", "tbtt", "cap"):
+        pairs = list(zip(results.per_seed("zero", "excess"), results.per_seed(arm, "excess")))
+        gains = [control - excess for control, excess in pairs]
+        cells = [LABELS[arm], " ".join(f"{gain:+.2f}" for gain in gains), f"{statistics.median(gains):+.2f}"]
+        repaired = sum(excess <= 0.05 for _, excess in pairs)
+        cells += [f"{sign_flip_p(gains):.3f}", f"{repaired} of {len(pairs)}"]
+        rows.append(cells)
+    return table(["", "D of each seed", "median", "p", "repaired"], rows)
+
+
+def cost_table(results):
+    T = results.T()
+    rows = []
+    for arm in ("noise", "fitted", "prev", "tbtt", "cap"):
+        cells = [LABELS[arm]]
+        for name, t in (("window_loss", FAR), ("nll", 2 * T), ("nll", 4 * T), ("nll", FAR)):
+            pairs = zip(results.per_seed("zero", name, t), results.per_seed(arm, name, t))
+            cells.append(spread([value - control for control, value in pairs], "+.3f"))
+        rows.append(cells)
+    return table(["", "window loss", f"NLL at {2 * T}", f"NLL at {4 * T}", f"NLL at {FAR:,}"], rows)
+
+
+def seeds_table(results):
+    rows = []
+    for arm, label in LABELS.items():
+        rows.append([label] + [f"{value:+.2f}" for value in results.per_seed(arm, "excess")])
+    return table([f"excess at {FAR:,}"] + [f"seed {seed}" for seed in SEEDS], rows)
+
+
+def frozen_table(results):
+    rows = []
+    seeds = SEEDS[:4]
+    for arm, label in (("base", "base"), ("zero", "control"), ("noise", "noise"), ("prev", "prev")):
+        free = results.per_seed(arm, "excess", seeds=seeds)
+        cells = [label, " ".join(f"{value:+.2f}" for value in free)]
+        frozen = results.per_seed(f"frozen-{arm}", "excess", seeds=seeds)
+        windows = results.per_seed(f"frozen-{arm}", "window_loss", seeds=seeds)
+        cells.append(" ".join(f"{value:+.2f}" for value in frozen))
+        cells.append(f"{statistics.median(windows):.3f}" if windows else "")
+        rows.append(cells)
+    return table(["", "excess, free", "excess, forgetting frozen", "window loss, frozen"], rows)
+
+
+def surgery_table(results):
+    names = {f"cap{times}": f"base, memories capped at {times} T" for times in (1, 2, 4, 8, 32)}
+    names = {"base": "base"} | names
+    names |= {"prevs_rates": "base with A, dt_bias of prev", "bases_rates": "prev with A, dt_bias of base"}
+    rows = []
+    for arm, label in names.items():
+        excess = results.per_seed(arm, "excess")
+        losses = zip(results.per_seed(arm, "window_loss"), results.per_seed("base", "window_loss"))
+        rows.append([label, spread(excess), spread([loss - base for loss, base in losses], "+.3f")])
+    return table(["", f"excess at {FAR:,}", "window loss - that of the base"], rows)
+
+
+def late_table(results):
+    rows = []
+    for arm, label in LABELS.items():
+        cells = [label]
+        for whose in ("own", "base"):
+            costs = []
+            for seed in SEEDS:
+                found = {row["state_of"].split("-")[0]: row["nll"] for row in
+                         results.measures.get(("late_state", f"{arm}-{seed}"), [])}  # fmt: skip
+                if found:
+                    costs.append(found[whose] - found["zero"])
+            if costs:
+                cells.append(spread(costs))
+        if len(cells) == 3:
+            rows.append(cells)
+    return table(["", "from its own late state", "from the base's late state"], rows)
+
+
+def memory_table(results):
+    rows = []
+    for arm, label in LABELS.items():
+        found = [results.measures.get(("memory", f"{arm}-{seed}"), []) for seed in SEEDS]
+        tokens = [rows[0]["tokens"] for rows in found if rows]
+        if tokens:
+            longest = " ".join(f"{max(heads):,.0f}" for heads in tokens)
+            long = " ".join(str(sum(t > 2 * results.T() for t in heads)) for heads in tokens)
+            rows.append([label, longest, long])
+    return table(["", "longest memory, tokens, by seed", "heads (of 16) beyond 2 T, by seed"], rows)
 
 
 def remembrance_table(results):
-    """Effective Remembrance when only the last half, or the last T = 32 tokens, are kept."""
-    places = [(128, 64), (128, 32), (4096, 2048), (4096, 32)]
-    lines = ["| | " + " | ".join(f"N = {N:,}, last {context:,}" for N, context in places) + " |", "|---" * 5 + "|"]
-    for name, rows in results.items():
-        at = {(row["N"], row["context"]): row for row in rows}
-        lines.append(f"| {name} | " + " | ".join(spread(at[place], "remembrance", ".2f") for place in places) + " |")
-    return "\n".join(lines)
+    T = results.T()
+    rows = []
+    for arm, label in LABELS.items():
+        cells = []
+        for context in (T // 2, T, 2 * T):
+            values = []
+            for seed in SEEDS:
+                for row in results.measures.get(("remembrance", f"{arm}-{seed}"), []):
+                    if row["context"] == context:
+                        values.append(row["remembrance"])
+            if values:
+                cells.append(spread(values, ".2f"))
+        if cells:
+            rows.append([label, *cells])
+    return table(["", *(f"last {context} of {4 * T} tokens" for context in (T // 2, T, 2 * T))], rows)
 
 
-def start_table(results):
-    """The cost of initial states over the first tokens (the buckets up to 8, weighted by their tokens) and at 129 to 256."""
-    lines = ["| | " + " | ".join(f"{start}, {span}" for start in ("foreign", "true") for span in ("first 8", "129 to 256"))
-             + " | noise, first 8 | fitted, first 8 |", "|---" * 7 + "|"]  # fmt: skip
-    for name, rows in results.items():
-        cost = {}
-        for row in rows:
-            if row["to"] <= 8:
-                cost[row["start"], 8] = cost.get((row["start"], 8), 0) + row["cost"] * (row["to"] - row["from"]) / 8
-            cost[row["start"], row["to"]] = row["cost"] if row["to"] > 8 else cost[row["start"], 8]
-        keys = [("foreign", 8), ("foreign", 256), ("true", 8), ("true", 256), ("noise", 8), ("fitted", 8)]
-        lines.append(f"| {name} | " + " | ".join(f"{cost[key]:+.2f}" for key in keys) + " |")
-    return "\n".join(lines)
+def origin_table(results):
+    rows = []
+    names = {"low0.01": "0.01 to 16 (ours)", "low0.1": "0.1 to 16", "low1": "1 to 16", "official": "official"}
+    for arm, label in names.items():
+        for seed in (0, 1):
+            run = f"{arm}-{seed}"
+            numbers = [f"{results.at(run, name):{style}}" for name, style in
+                       (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))]  # fmt: skip
+            rows.append([label, str(seed), *numbers])
+    if "official5000" in results.curves:
+        numbers = [f"{results.at('official5000', name):{style}}" for name, style in
+                   (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))]  # fmt: skip
+        rows.append(["official, 5,000 steps", "0", *numbers])
+    return table(["-A at the start", "seed", f"excess at {FAR:,}", "NLL there", "window loss"], rows)
 
 
-def recall_table(tasks):
-    lines = ["| | " + " | ".join(f"size {name}" for name in ("1x", "2x", "4x", "8x")) + " |", "|---" * 5 + "|"]
-    for name, rows in tasks.items():
-        for depth in sorted({row["depth"] for row in rows}, key=str):
-            found = [row for row in rows if row["depth"] == depth][:4]
-            label = name if depth is None else f"{name}, depth {depth}"
-            lines.append(f"| {label} | " + " | ".join(f"{row['accuracy']:.2f}" for row in found) + " |")
-    return "\n".join(lines)
+def wrong_table(results):
+    """The cost of each initial state against zero, median over the seeds."""
+    T = results.T()
+    spans = ((0, 8), (8, 32), (32, T), (T, 2 * T), (2 * T, 4 * T))
+    rows = []
+    for arm in ("base", "zero", "cap", "prev", "tbtt"):
+        for start in ("noise", "foreign", "foreign+separator", "true"):
+            for conv in (False, True):
+                cells = [LABELS[arm], start, "with" if conv else "without"]
+                for begin, end in spans:
+                    costs = []
+                    for seed in SEEDS:
+                        found = {(row["start"], row["conv"], row["from"]): row["nll"] for row in
+                                 results.measures.get(("wrong_state", f"{arm}-{seed}"), [])}  # fmt: skip
+                        if found:
+                            costs.append(found[start, conv, begin] - found["zero", conv, begin])
+                    if costs:
+                        cells.append(f"{statistics.median(costs):+.3f}")
+                if len(cells) > 3:
+                    rows.append(cells)
+    head = ["", "ssm", "conv inputs", *(f"{begin + 1}-{end}" for begin, end in spans)]
+    return table(head, rows)
+
+
+def trust_table(results):
+    """Does starting from unrelated text teach distrust? Loss after the true text, against the capped control's."""
+    T = results.T()
+    rows = []
+    for arm in ("prev", "tbtt"):
+        cells = [LABELS[arm]]
+        for begin in (0, 8, 32, T, 2 * T):
+            differences = []
+            for seed in SEEDS:
+                pair = []
+                for run in (f"{arm}-{seed}", f"cap-{seed}"):
+                    for row in results.measures.get(("wrong_state", run), []):
+                        if (row["start"], row["conv"], row["from"]) == ("true", True, begin):
+                            pair.append(row["nll"])
+                if len(pair) == 2:
+                    differences.append(pair[0] - pair[1])
+            if differences:
+                cells.append(spread(differences, "+.3f"))
+        rows.append(cells)
+    return table(["", "1-8", "9-32", f"33-{T}", f"{T + 1}-{2 * T}", f"{2 * T + 1}-{4 * T}"], rows)
+
+
+def corpora_table(results):
+    rows = []
+    for group, arms in (("prose-{}-0", ("base", "zero", "prev")), ("prose-{}-1", ("base", "zero", "prev")),
+                        ("mid-{}", ("base", "zero", "prev", "tbtt", "cap"))):  # fmt: skip
+        for arm in arms:
+            run = group.format(arm)
+            if run in results.curves:
+                numbers = [f"{results.at(run, name):{style}}" for name, style in
+                           (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))]  # fmt: skip
+                rows.append([run, *numbers])
+    return table(["run", f"excess at {FAR:,}", "NLL there", "window loss"], rows)
+
+
+def past_table(results):
+    rows = []
+    for run in sorted(results.curves):
+        if run.startswith("past-"):
+            _, arm, prob, steps, seed = run.split("-")
+            T = results.T()
+            losses = [f"{results.at(run, 'nll', t):.3f}" for t in (2 * T, 4 * T, 16 * T, FAR)]
+            rows.append([arm, prob, steps, seed, f"{results.at(run, 'window_loss'):.3f}", *losses])
+    head = ["", "init_prob", "steps", "seed", "window loss"]
+    T = results.T()
+    return table(head + [f"NLL at {t:,}" for t in (2 * T, 4 * T, 16 * T, FAR)], rows)
+
+
+def kernel_table():
+    """The rows of kernel_compile.txt for the preset small in bfloat16."""
+    lines = (RESULTS / "kernel_compile.txt").read_text().splitlines()
+    rows = json.loads(lines[-1])["kernels"]
+    cells = []
+    for row in rows:
+        if (row["shape"], row["dtype"]) == ("small", "bf16") and row["target"] in ("sm_80", "sm_90"):
+            numbers = [str(row[name]) for name in ("registers", "spilled")]
+            numbers += [f"{row['shared']:,}", f"{row['tensor_ops']} for {row['products']}"]
+            cells.append([row["kernel"], row["target"], *numbers])
+    return table(
+        ["kernel", "GPU", "registers", "spilled", "shared memory, bytes", "tensor instructions"], cells
+    )
 
 
 def quickstart_block():
     """What eval_long.py prints at the end of the README's quick start."""
     rows = read_jsonl(RESULTS / "quickstart/results.jsonl")
+    runs = {run: [row for row in rows if row["run"] == run] for run in ("out/zero", "out/prev")}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        print_perplexity({run: [row for row in rows if row["run"] == run] for run in ("out/zero", "out/prev")})
+        eval_long.print_table(runs)
     lines = [line.rstrip() for line in printed.getvalue().splitlines()[1:-3]]  # without the footnotes
     return textwrap.indent("\n".join(lines), "    ")
 
 
-def speed_table():
-    """From what `train.py --bench` printed, on two machines: their dtypes tell them apart."""
-    lines = [line for line in (RESULTS / "speed.txt").read_text().splitlines() if line.startswith('{"preset"')]
-    rows = {tuple(row[name] for name in ("preset", "compile", "dtype")): row for row in map(json.loads, lines)}
-    table = ["| preset | | without AMX: tokens/s | step / floor (range) | with AMX: tokens/s | step / floor (range) |",
-             "|---" * 6 + "|"]  # fmt: skip
-    for preset, (flag, name) in itertools.product(("tiny", "mid"), (("off", "eager"), ("on", "`--compile=on`"))):
-        cells = []
-        for row in (rows[preset, flag, dtype] for dtype in ("float32", "bfloat16")):
-            least, most = row["floor_ratio_range"]
-            cells += [f"{row['tokens_per_s']:,}", f"{row['floor_ratio']:.1f} ({least:.1f} - {most:.1f})"]
-        table.append(f"| {preset} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(table)
-
-
-def kernel_table():
-    """The rows of kernel_compile.txt for the preset small in bfloat16: the larger of forward and backward."""
-    found = {}  # kernel: rows (target, registers, spilled, bytes shared, instructions, products)
-    for line in (RESULTS / "kernel_compile.txt").read_text().splitlines():
-        if row := re.match(r"small +bf16 +(sm_[89]0) +(\w+)_kernel.* (\d+) +(\d+) +(\S+) +(\d+) / (\d+) +\d+%", line):
-            numbers = [int(number.replace(",", "")) for number in row.groups()[2:]]
-            found.setdefault(row[2], []).append((row[1], *numbers))
-    lines = ["| kernel | launches | registers sm_80 / sm_90 | spills | shared memory, most | tensor-core instructions sm_90 |",
-             "|---" * 6 + "|"]  # fmt: skip
-    for kernel, rows in found.items():
-        ampere, hopper = ([row for row in rows if row[0] == target] for target in ("sm_80", "sm_90"))
-        registers = " / ".join(str(max(row[1] for row in side)) for side in (ampere, hopper))
-        spills, shared = max(row[2] for row in rows), math.ceil(max(row[3] for row in rows) / 1024)
-        label, (*_, instructions, products) = "walk (either way)" if kernel == "walk" else kernel, hopper[0]
-        lines.append(f"| {label} | {len(hopper)} | {registers} | {spills} | {shared} KB | {instructions} for "
-                     f"{products} product{'s' * (products > 1)} |")  # fmt: skip
-    return "\n".join(lines)
-
-
-def head_pictures(rows):
-    """For seed 0: how the state of each head grows, a colour for each layer."""
-    pictures = []
-    for kind in ("base", "prev", "tbtt"):
-        points = [row for row in rows if row["measure"] == "perplexity" and kind_of(row) == kind
-                  and Path(row["run"]).name.endswith("-0")]  # fmt: skip
-        if points:
-            lines = {f"layer {i}" if j == 0 else f"_{i} {j}": (f"C{i}", [(row["to"], row["head_std"][i][j], 0) for row in points])
-                     for i, heads in enumerate(points[0]["head_std"]) for j in range(len(heads))}  # fmt: skip
-            pictures.append((kind, "standard deviation of a head's state", lines))
-    return pictures
-
-
-def best_dt_scale(run):
-    """The scale with the lowest loss on training text, in the last bucket."""
-    rows = read_jsonl(Path(run) / "eval" / "results.jsonl")
-    rows = [row for row in rows if row["part"] == "train" and row["to"] == row["max_len"]]
-    return min(rows, key=lambda row: row["nll"])["dt_scale"]
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="of the runs of results/reproduce.sh")
-    parser.add_argument("--best_dt_scale", metavar="RUN", help="only print what was best for this run")
-    args = parser.parse_args()
-    if args.best_dt_scale:
-        return print(best_dt_scale(args.best_dt_scale))
-    out, source = RESULTS, RESULTS / "results.jsonl"
-    if args.folder:
-        folder = Path(args.folder)
-        quick = folder.name == "quick"
-        out, source = (folder, folder / "results.jsonl") if quick else (RESULTS, RESULTS / "results.jsonl")
-        rows = read_jsonl(folder / "results.jsonl") + list(memories(folder))
-        write_whole(source, "".join(json.dumps(short(row)) + "\n" for row in rows).encode())
-        if not quick:
-            export(folder / "base-0")
-    rows = read_jsonl(source)
-    found = tables(rows)
-    for name, table in found.items():
-        print(f"\n{name}\n{table}")
-    for path in (ROOT / "README.md", RESULTS / "README.md") if out == RESULTS else ():
-        write_whole(path, fill(path.read_text(encoding="utf-8"), found).encode())
-    for name, (pictures, measure) in figures(rows).items():
-        draw(out / f"{name}.png", pictures, MEASURES[measure][4], [32])
-        print(out / f"{name}.png")
-
-
-def short(row):
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def memories(folder):
-    """How many tokens each head remembers, 1 / (A dt) with dt for an input of zero: sorted, of all layers."""
-    for run in sorted(path.parent for path in Path(folder).glob("*-[0-9]/ckpt.pt")):
-        mixers = [block.mixer for block in load_run(run)[0].backbone.layers]
-        rates = torch.cat([torch.exp(m.A_log) * torch.nn.functional.softplus(m.dt_bias) for m in mixers])
-        tokens = sorted((1 / rates).tolist())
-        yield {"run": str(run), "measure": "memory", "part": "val", "dt_scale": 1, "tokens": tokens}
-
-
-def memory_table(rows):
-    """The longest memory and the median one, for each seed."""
-    lines = ["| | longest memory of a head, in tokens, by seed | median |", "|---|---|---|"]
-    for kind, label in LABELS.items():
-        found = [row["tokens"] for row in rows if row["measure"] == "memory" and kind_of(row) == kind]
-        if found and kind != "long":
-            cells = (" · ".join(f"{f(tokens):,.0f}" for tokens in found) for f in (max, statistics.median))
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def tables(results):
+    """{name: Markdown} of all that was measured."""
+    makers = (readme_table, headline_table, cost_table, seeds_table, frozen_table, surgery_table, late_table,
+              memory_table, remembrance_table, origin_table, wrong_table, trust_table, corpora_table, past_table)  # fmt: skip
+    found = {maker.__name__.removesuffix("_table"): maker(results) for maker in makers}
+    return found | {"kernel": kernel_table(), "quickstart": quickstart_block()}
 
 
 def fill(text, found):
     """Puts each table between its marks, <!-- name --> and <!-- end -->."""
-    return re.sub(
-        r"(<!-- (\w+) -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{found[m[2]]}\n{m[3]}", text, flags=re.DOTALL
+    for name, content in found.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def curve(results, run, name="excess"):
+    rows = results.curves[run]
+    return [row["to"] for row in rows], [row[name] for row in rows]
+
+
+def logarithmic(axis, T):
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda t, _: f"{t:,.0f}")
+    axis.axvline(T, color="gray", linestyle=":", linewidth=1)
+    axis.grid(alpha=0.25)
+    axis.set_xlabel("t, tokens before the predicted one")
+
+
+def headline_figure(results):
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 4.2), width_ratios=(3, 1.5), layout="constrained"
     )
+    names = {
+        "base": "base",
+        "zero": "500 more steps\nfrom zero",
+        "prev": "500 more steps\nwith State Passing",
+    }
+    ends = {}
+    for arm in names:
+        curves = [curve(results, f"{arm}-{seed}") for seed in SEEDS if f"{arm}-{seed}" in results.curves]
+        for t, excess in curves:
+            left.plot(t, excess, color=COLORS[arm], linewidth=0.7, alpha=0.5)
+        t = curves[0][0]
+        median = [statistics.median(values) for values in zip(*(excess for _, excess in curves))]
+        left.plot(t, median, color=COLORS[arm], linewidth=2.6)
+        ends[arm] = (t[-1], median[-1])
+    # labels at the ends of the lines, moved apart where they would overlap
+    places = sorted(ends, key=lambda arm: ends[arm][1])
+    low, high = left.get_ylim()
+    height = None
+    for arm in places:
+        y = ends[arm][1]
+        y = y if height is None else max(y, height + 0.14 * (high - low))
+        height = y
+        left.annotate(
+            names[arm], (ends[arm][0] * 1.15, y), color=COLORS[arm], va="center", annotation_clip=False
+        )
+    logarithmic(left, results.T())
+    left.annotate(f"T = {results.T()}", (results.T(), 1), (3, -12), xycoords=("data", "axes fraction"),
+                  textcoords="offset points", color="gray")  # fmt: skip
+    left.axhline(0, color="gray", linewidth=0.8)
+    left.set_ylabel("excess (nats/token): what reading\nthe whole past costs")
+    strip(right, results, ["base", "zero", "noise", "fitted", "prev", "tbtt", "cap"])
+    return figure
 
 
-def tables(rows):
-    """{name: Markdown} of all there is."""
-    results, tasks = over_seeds(rows, "perplexity"), over_seeds(rows, "recall")
-    remembrance, starts = over_seeds(rows, "remembrance"), over_seeds(rows, "init_state")
-    found = {"repair": excess_table(pick(results, LABELS)), "memory": memory_table(rows)}
-    if remembrance:
-        found |= {
-            "remembrance": remembrance_table(pick(remembrance, LABELS)),
-            "starts": start_table(pick(starts, LABELS)),
-        }
-    if "steps=500" in results:
-        first = over_seeds(of_seed_0(rows), "perplexity")
-        found |= {"depends": excess_table(pick(first, DEPENDS)), "when": when_table(first), "tasks": recall_table(tasks),
-                  "scratch": excess_table(pick(results, SCRATCH)), "quickstart": quickstart_block(),
-                  "speed": speed_table(), "kernels": kernel_table()}  # fmt: skip
-    return found
+def strip(axis, results, arms):
+    """The excess at FAR: a dot a seed."""
+    for i, arm in enumerate(arms):
+        values = results.per_seed(arm, "excess")
+        offsets = [0.28 * (j / max(1, len(values) - 1) - 0.5) for j in range(len(values))]
+        axis.plot([i + offset for offset in offsets], values, "o", color=COLORS[arm], markersize=5, alpha=0.8)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.set_xticks(range(len(arms)), ["control" if arm == "zero" else arm for arm in arms], rotation=45)
+    axis.set_title(f"at {FAR:,} tokens, a dot a seed", fontsize=9)
+    axis.grid(axis="y", alpha=0.25)
 
 
-def figures(rows):
-    """{name: (pictures, measure)} of all there is."""
-    results, remembrance = over_seeds(rows, "perplexity"), over_seeds(rows, "remembrance")
-    repair = panels(
-        "perplexity", pick(results, {kind: LABELS[kind] for kind in LABELS if kind not in ("plain", "long", "dt")})
+def dose_figure(results):
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, name, label in (
+        (axes[0], "excess", f"excess at {FAR:,}"),
+        (axes[1], "window_loss", "window loss"),
+    ):
+        for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
+            points = [(0, f"base-{seed}"), (500, f"{arm}-{seed}")]
+            points += [(steps, f"dose-{arm}-{steps}-{seed}") for steps in (125, 250, 1000, 2000)]
+            points = sorted((steps, results.at(run, name)) for steps, run in points if run in results.curves)
+            label_once = {"zero": "from zero", "prev": "State Passing"}[arm] if seed == SEEDS[0] else None
+            axis.plot(*zip(*points), marker="o", color=COLORS[arm], label=label_once)
+        axis.set(xlabel="post-training steps", ylabel=f"{label} (nats/token)")
+        axis.grid(alpha=0.25)
+    axes[1].legend()
+    return figure
+
+
+def origin_figure(results):
+    figure, axis = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    names = {"low0.01": "0.01 to 16", "low0.1": "0.1 to 16", "low1": "1 to 16", "official": "official"}
+    shades = ("#440154", "#31688E", "#35B779", "#B5A000")
+    for (arm, label), shade in zip(names.items(), shades):
+        for seed in (0, 1):
+            t, excess = curve(results, f"{arm}-{seed}")
+            axis.plot(t, excess, color=shade, label=f"-A from {label}" if seed == 0 else None)
+    logarithmic(axis, results.T())
+    axis.set_ylabel("excess (nats/token)")
+    axis.legend()
+    return figure
+
+
+def past_figure(results):
+    figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    seen = set()
+    for run in sorted(results.curves):
+        if run.startswith("past-") and "-zero-" not in run:
+            _, arm, prob, steps, seed = run.split("-")
+            marker = {"500": "o", "2000": "s"}[steps]
+            fill = COLORS[arm] if seed == str(SEEDS[0]) else "none"
+            place = (results.at(run, "window_loss"), results.at(run, "nll"))
+            axis.plot(*place, marker, color=COLORS[arm], markerfacecolor=fill, markersize=7)
+            axis.annotate("" if arm == "cap" else prob, place, (5, 4), textcoords="offset points", fontsize=7)
+            seen.add((arm, steps))
+    for arm, steps in sorted(seen):
+        label = f"{'capped control' if arm == 'cap' else arm}, {steps} steps"
+        axis.plot([], [], {"500": "o", "2000": "s"}[steps], color=COLORS[arm], label=label)
+    axis.set(xlabel="window loss (nats/token)", ylabel=f"NLL at {FAR:,} tokens (nats/token)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def wrong_figure(results):
+    arms = ("base", "zero", "prev", "tbtt")
+    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
+    colors = {"noise": "#E69F00", "foreign": "#D55E00", "foreign+separator": "#7A4B9A", "true": "#009E73"}
+    for axis, arm in zip(axes, arms):
+        for start, color in colors.items():
+            for seed in SEEDS:
+                found = {}
+                for row in results.measures.get(("wrong_state", f"{arm}-{seed}"), []):
+                    found[row["start"], row["conv"], row["to"]] = row["nll"]
+                ends = sorted({end for _, _, end in found})
+                costs = [found[start, True, end] - found["zero", True, end] for end in ends]
+                axis.plot(
+                    ends, costs, color=color, alpha=0.6, linewidth=1, label=start if seed == 2 else None
+                )
+        logarithmic(axis, results.T())
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.set(title=LABELS[arm], xlabel="token after the initial state")
+    axes[0].set_ylabel("cost against a zero state (nats/token)")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "headline": headline_figure,
+    "dose": dose_figure,
+    "origin": origin_figure,
+    "past": past_figure,
+    "wrong_state": wrong_figure,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found = {"repair": (repair[:2], "perplexity")}
-    if remembrance:
-        found["heads"] = (head_pictures(rows), "perplexity")
-        found["std"] = (repair[2:], "perplexity")
-        found["remembrance"] = (panels("remembrance", pick(remembrance, LABELS)), "remembrance")
-        found["init_state"] = (panels("init_state", pick(over_seeds(rows, "init_state"), LABELS)), "init_state")
-    if "steps=500" in results:
-        first = over_seeds(of_seed_0(rows), "perplexity")
-        found["depends"] = (panels("perplexity", pick(first, DEPENDS))[1:2], "perplexity")
-        found["when"] = (when_pictures(first), "perplexity")
-        found["scratch"] = (panels("perplexity", pick(results, SCRATCH))[:2], "perplexity")
-        tasks = over_seeds(rows, "recall")
-        for task in ("copy", "passkey"):
-            found[task] = (panels("recall", {k: v for k, v in tasks.items() if k.startswith(task)}), "recall")
-    return found
-
-
-def export(run):
-    """The base run without its optimizer."""
-    checkpoint = load_run(run)[1]
-    weights = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "init_state", "file")}
-    write_whole(RESULTS / "base" / "ckpt.pt", lambda file: torch.save(weights, file))
-    for name in ("tokenizer.json", "args.json"):
-        write_whole(RESULTS / "base" / name, (Path(run) / name).read_bytes())
+    parser.add_argument("--collect", type=Path, help="folder of the runs of results/reproduce.sh")
+    args = parser.parse_args(argv)
+    if args.collect:
+        collect(args.collect)
+    results = Results(read_jsonl(RESULTS / "results.jsonl"))
+    found = tables(results)
+    for name, content in found.items():
+        print(f"\n{name}\n{content}")
+    for path in (ROOT / "README.md", RESULTS / "README.md"):
+        write_whole(path, fill(path.read_text(encoding="utf-8"), found).encode())
+    for name, make in FIGURES.items():
+        figure = make(results)
+        write_whole(
+            RESULTS / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png", dpi=150)
+        )
+        pyplot.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
