@@ -171,47 +171,41 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
 # From here on: a GPU. A CPU runs none of this.
 #
 # Autograd finds the gradients of `ssd_chunked`; kernels need them written down. A prime marks the gradient
-# of the loss with respect to what it follows. Chunk by chunk from the last one, where S_new' is
-# final_state':
+# of the loss with respect to what it follows. Chunk by chunk, from the last one, where S_new' = final_state':
 #
-#     W'  = y' u^T                                        so that E = W' o L is the gradient of C B^T
+#     W'  = y' u^T                                     and E = W' o L is the gradient of C B^T
 #     u'  = W^T y' + exp(cs_last - cs) B S_new'^T
-#     B'  = E^T C  + exp(cs_last - cs) u S_new'           summed over the heads
-#     C'  = E B    + exp(cs) y' S                         summed over the heads
-#     S'  = (exp(cs) y')^T C + exp(cs_last) S_new'        which is S_new' of the chunk before, or init_state'
+#     B'  = E^T C  + exp(cs_last - cs) u S_new'        summed over the heads
+#     C'  = E B    + exp(cs) y' S                      summed over the heads
+#     S'  = (exp(cs) y')^T C + exp(cs_last) S_new'     the S_new' of the chunk before, at last init_state'
 #
-# a_t decays whatever is written before t and read at t or later. So a'_t sums what flows along each such
-# path:
+# a_t decays all that is written before t and read at t or later. a'_t sums what flows along such paths:
 #
 #     a'_t = sum_{q >= t} (sum_s W'_qs W_qs - sum_s W'_sq W_sq)      from s < t to q >= t, inside the chunk
 #          + sum_{q >= t} y'_q . exp(cs_q) S C_q                     from S to q >= t
 #          + sum_{s < t} u_s . exp(cs_last - cs_s) S_new' B_s        from s < t to S_new
 #          + exp(cs_last) <S_new', S>                                from S to S_new
 #
-# (In the first line, pairs with both ends at t or later appear twice, with opposite signs, and cancel. A
-# shorter formula, a'_t = sum_{q >= t} (y'_q . y_q - u'_q . u_q), does not cancel as well once products are
-# rounded to bf16.)
+# (In the first line, pairs with both ends at t or later appear twice, with opposite signs, and cancel. The
+# shorter a'_t = sum_{q >= t} (y'_q . y_q - u'_q . u_q) does not cancel as well once products are in bf16.)
 #
 # Four kernels, five launches:
 #
 #     walk             steps 3 and 4. A program carries a tile of one head's state from chunk to chunk, in
-#                      registers: its first load is init_state, its last store final_state. It leaves the
-#                      state before each chunk.
-#     output           steps 1 and 2. Each chunk knows its state now: all chunks, heads, tiles of p in
-#     parallel. walk             backward: S' is steps 3 and 4 in reverse, with y' for u and C for B. It
-#     starts from
-#                      final_state', leaves the S_new' of each chunk, and ends with init_state'.
+#                      registers, from init_state to final_state. It leaves the state before each chunk.
+#     output           steps 1 and 2, now that each chunk knows its state: all chunks and heads in parallel.
+#     walk             again, in reverse: S' is steps 3 and 4 with y' for u and C for B. It goes from
+#                      final_state' to init_state', and leaves the S_new' of each chunk.
 #     inputs_grad      u' and a', in parallel like output.
-#     addresses_grad   B' and C'. Each program sums over the heads, in a fixed order: no atomics, equal bits.
+#     addresses_grad   B' and C', summed over the heads in a fixed order: no atomics, always the same bits.
 #
 # C B^T and L are computed again where they are needed. The states between chunks are kept for the backward
 # pass in u's dtype, as products read them; what is carried along is float32, like all sums. The gradients
-# take two kernels, one of them in two loops, because all at once they need more registers than there are.
+# take two kernels, one of them with two loops: all at once they need more registers than there are.
 #
 # To a kernel, u is a matrix of b l rows and h p columns, B and C have n columns, a state has h p rows and n
 # columns. Q is the chunk, P and N are tiles of p and n. Rows past the end load as zeros: they neither decay
-# nor write. Program ids are 64 bits wide before anything is multiplied by them, so that no offset wraps
-# around at 2^31 elements.
+# nor write. Program ids are made 64 bits wide, so that no offset wraps around at 2^31 elements.
 # ============================================================================================================
 
 jit = triton.jit if triton else lambda kernel: kernel
@@ -511,17 +505,14 @@ def main():
     limits = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
     worst = 0
     print(f"{device}, relative errors of       y       final   u'      a'      B'      C'      init'")
-    for sizes, chunk in (((2, 131, 4, 64, 128), 64), ((3, 32, 8, 32, 128), 32), ((1, 1, 2, 16, 16), 16)):
-        for (name, scan), dtype in itertools.product(
-            (("torch", ssd_chunked), ("triton", ssd_triton)), limits
-        ):
-            inputs = [t.to(device) for t in random_inputs(*sizes, dtype)]
-            if name == "triton" and why_not_triton(inputs[0], inputs[2]) is not None:
-                continue
+    sizes = ((2, 131, 4, 64, 128), (3, 32, 8, 32, 128), (1, 1, 2, 16, 16))
+    for size, dtype, backend in itertools.product(sizes, limits, ("torch", "triton")):
+        inputs = [t.to(device) for t in random_inputs(*size, dtype)]
+        if backend == "torch" or why_not_triton(inputs[0], inputs[2]) is None:
             reference = with_gradients(ssd_loop, [t.double() for t in inputs])
-            found = with_gradients(functools.partial(scan, chunk=chunk), inputs)
+            found = with_gradients(functools.partial(ssd, backend=backend), inputs)
             errors = [relative_error(*pair) for pair in zip(reference, found)]
-            print(f"l = {sizes[1]:<4} {name:7}{str(dtype)[6:]:12}", *(f"{error:.1e}" for error in errors))
+            print(f"l = {size[1]:<4} {backend:7}{str(dtype)[6:]:12}", *(f"{error:.1e}" for error in errors))
             worst = max(worst, max(errors) / limits[dtype])
     print("all within the limits" if worst < 1 else f"FAILED: {worst:.1f} times as large as is allowed")
     raise SystemExit(worst >= 1)

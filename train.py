@@ -51,7 +51,7 @@ PRESETS = {
     "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.6M
     "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 20M, for a GPU
 }
-POST_TRAINING = {"steps": 500, "lr": 1e-3, "init_prob": 0.2}  # with --init_from
+POST_TRAINING = {"steps": 500, "lr": 3e-3, "init_prob": 0.1}  # with --init_from
 MODEL = ("d_model", "n_layer", "d_state", "headdim", "chunk", "A_init", "A_init_range")
 MACHINE = ("out", "resume", "device", "backend", "compile")  # may differ in a run that goes on
 

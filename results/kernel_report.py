@@ -24,16 +24,16 @@ import triton
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import scan_kernel
 
-KERNELS = ["walk_kernel", "output_kernel", "inputs_grad_kernel", "addresses_grad_kernel"]
+KERNELS = {name: getattr(scan_kernel, name) for name in scan_kernel.SETTINGS}
 SHAPES = {  # h, p, n, chunk
-    "tiny": (8, 32, 128, 32),
+    "tiny": (8, 32, 128, 64),
     "small": (16, 64, 128, 64),
     "mamba2-130m": (24, 64, 128, 64),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-CASES = [(2048, True), (32, False)]  # l, and whether there are an initial state and a final state's gradient
+CASES = [(2048, 5), (32, 4)]  # l, and how many of u, a, B, C, init_state
 
-# most_warps, shared_kb: what a multiprocessor has; reserved_kb: what a program takes of it beyond its own
+# Of a multiprocessor: warps, shared memory, and what each program takes of it beyond its own.
 Target = namedtuple("Target", "backend arch warp_size most_warps shared_kb reserved_kb")
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 64, 164, 1),
@@ -45,31 +45,23 @@ TARGETS = {
 
 # ------------------------------------------------------------------------------------------------------------
 # The launches of a scan, written down instead of run
-
 Launch = namedtuple("Launch", "kernel grid args kwargs")
 
 
-class Recorder:
+class Recorder(namedtuple("Recorder", "kernel fn launches")):
     """Stands in for a kernel: what kernel[grid](*args, **kwargs) would launch is appended to `launches`."""
-
-    def __init__(self, kernel, launches):
-        self.kernel = kernel
-        self.fn = kernel.fn
-        self.launches = launches
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, grid, args, kwargs))
 
 
-def record(shape, dtype, b, l, states, device):
+def record(inputs, chunk, dtype):
     """-> the launches of a forward and a backward pass; run in this order, they compute it."""
-    h, p, n, chunk = SHAPES[shape]
-    inputs = scan_kernel.random_inputs(b, l, h, p, n, DTYPES[dtype])[: 5 if states else 4]
-    inputs = [t.to(device).requires_grad_() for t in inputs]
     launches = []
-    recorders = {name: Recorder(getattr(scan_kernel, name), launches) for name in KERNELS}
+    recorders = {name: Recorder(kernel, kernel.fn, launches) for name, kernel in KERNELS.items()}
     with mock.patch.multiple(scan_kernel, **recorders):
-        outputs = scan_kernel.ssd_triton(*inputs, chunk=min(chunk, l))[: 2 if states else 1]
+        outputs = scan_kernel.ssd_triton(*inputs, chunk=chunk)
+        outputs = outputs[: len(inputs) - 3]  # without an initial state, no gradient of the final one either
         torch.autograd.grad(outputs, inputs, outputs)  # the outputs serve as their own gradients
     for launch in launches:
         launch.kwargs["PRECISION"] = "tf32" if dtype == "tf32" else "ieee"
@@ -106,13 +98,13 @@ def build(launch, target):
 
 def read_nvidia(compiled):
     """-> of a thread: registers, bytes spilled; in the code: tensor-core instructions, those that are tf32"""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.check_output(command, text=True)
-    names = ("REG", "STACK", "LOCAL")
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in names)
+    found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
+    registers, stack, local = map(int, found.groups())
     products = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b.*", compiled.asm["ptx"])
     return registers, stack + local, len(products), sum(".tf32" in line for line in products)
 
@@ -129,19 +121,15 @@ def read_amd(compiled):
 def occupancy(target, warps, registers, shared):
     """Warps on a multiprocessor over the most there can be: as many as registers and shared memory allow."""
     registers = max(8, -(-registers // 8) * 8)  # handed out in eights
-    if target.backend == "hip":
-        room = 4 * min(512 // registers, 8)  # four SIMDs, each with 512 a lane and room for 8 warps
-    else:
-        room = 65536 // (registers * 32)
-    fits_shared = target.shared_kb * 1024 // max(1, shared + target.reserved_kb * 1024)
-    programs = min(room // warps, target.most_warps // warps, fits_shared)
+    by_registers = 4 * (512 // registers) // warps  # each quarter of a multiprocessor has 512 a lane
+    by_shared = target.shared_kb * 1024 // max(1, shared + target.reserved_kb * 1024)
+    programs = min(by_registers, by_shared, target.most_warps // warps)
     return round(programs * warps / target.most_warps, 2)
 
 
 HEAD = """Kernels of triton {}, forward and backward. l = 2048: with an initial state and a gradient of the
 final state; l = 32: with neither. P, N: tiles. Of a thread: registers, bytes spilled. Of a program: bytes of
-shared memory. In the code: tensor-core instructions / matrix products. filled: warps on a multiprocessor
-over the most there can be, estimated.
+shared memory. In the code: tensor-core instructions / products. filled: warps over the most, estimated.
 
 shape       dtype target     l kernel                  P   N warps registers spilled  shared  tensor filled"""
 ROW = "{shape:12}{dtype:6}{target:7}{l:5} {kernel:22}{P:3}{N:4}{warps:6}{registers:10}{spilled:8}{shared:8,}"
@@ -151,9 +139,11 @@ ROW += "{tensor_ops:4} / {products}{occupancy:7.0%}"
 def compile_report(args):
     print(HEAD.format(triton.__version__))
     rows = []
-    for shape, dtype, (l, states) in itertools.product(args.shapes, args.dtypes, CASES):
-        launches = record(shape, dtype, 1, l, states, "cpu")
-        for launch, name in itertools.product(launches, args.targets):
+    for shape, dtype, (l, count) in itertools.product(args.shapes, args.dtypes, CASES):
+        *sizes, chunk = SHAPES[shape]
+        inputs = scan_kernel.random_inputs(1, l, *sizes, DTYPES[dtype])
+        inputs = [t.requires_grad_() for t in inputs[:count]]
+        for launch, name in itertools.product(record(inputs, min(chunk, l), dtype), args.targets):
             target = TARGETS[name]
             kernel = launch.kernel.fn.__name__ + (" back" if launch.kwargs.get("REVERSE") else "")
             row = {"shape": shape, "dtype": dtype, "target": name, "l": l, "kernel": kernel}
@@ -178,10 +168,10 @@ def median_ms(function):
     return triton.testing.do_bench(function, return_mode="median")
 
 
-def time_kernel(name, shape, dtype, tokens):
+def time_kernel(name, inputs, chunk, dtype):
     """-> ms of all launches of this kernel in a step, and the bytes of their tensors, each once"""
     ms, size = 0, 0
-    for kernel, grid, args, kwargs in record(shape, dtype, max(1, tokens // 2048), 2048, True, "cuda"):
+    for kernel, grid, args, kwargs in record(inputs, chunk, dtype):
         run = functools.partial(kernel[grid], *args, **kwargs)
         run()
         if kernel.fn.__name__ == name:
@@ -194,16 +184,18 @@ def sweep(args):
     """One kernel after the other."""
     if not torch.cuda.is_available():
         sys.exit("kernel_report.py: --sweep times kernels, so it needs a GPU")
-    shape = args.shapes[0]
+    *sizes, chunk = SHAPES[args.shapes[0]]
     gib = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    report = {"device": torch.cuda.get_device_name(), "shape": shape, "tokens": args.tokens}
+    report = {"device": torch.cuda.get_device_name(), "shape": args.shapes[0]}
     report["copy_gb_s"] = round(2 * gib.nbytes / median_ms(gib.clone) / 1e6)
     report["product_tflops"] = round(2 * 8192**3 / median_ms(lambda: torch.mm(square, square)) / 1e9)
     print(", ".join(f"{key} {value}" for key, value in report.items()), flush=True)
-    settings = scan_kernel.SETTINGS
     report["times"] = {}
+    settings = scan_kernel.SETTINGS
     for dtype, name in itertools.product(args.dtypes, KERNELS):
+        inputs = scan_kernel.random_inputs(32, 2048, *sizes, DTYPES[dtype])
+        inputs = [t.cuda().requires_grad_() for t in inputs]
         present = settings[name]
         column = DTYPES[dtype].itemsize // 4
         others = itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3))
@@ -211,7 +203,7 @@ def sweep(args):
         for setting in dict.fromkeys([present[column], *others]):
             settings[name] = (setting, setting)
             try:
-                ms, size = time_kernel(name, shape, dtype, args.tokens)
+                ms, size = time_kernel(name, inputs, chunk, dtype)
             except (triton.errors.TritonError, RuntimeError) as error:
                 print(f"{name:22} {dtype} {setting} does not run: {type(error).__name__}", flush=True)
                 continue
@@ -220,8 +212,7 @@ def sweep(args):
         report["times"][f"{name} {dtype}"] = [[*setting, ms] for setting, ms in times.items()]
         best = min(times, key=times.get, default=present[column])
         settings[name] = (best, present[1]) if column == 0 else (present[0], best)
-    lines = [f'    "{name}": {both},' for name, both in settings.items()]
-    print("\n".join(["\nSETTINGS = {  # kernel: (for 16 bits, for 32 bits)", *lines, "}"]))
+    print(f"\nSETTINGS = {settings}  # kernel: (for 16 bits, for 32 bits)")
     return report | {"settings": settings}
 
 
@@ -233,7 +224,6 @@ if __name__ == "__main__":
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="[all; --sweep takes one: small]")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="[bf16 fp32 tf32; --sweep: bf16]")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="of --compile")
-    parser.add_argument("--tokens", type=int, default=65536, help="of --sweep, in texts of 2,048 [65536]")
     args = parser.parse_args()
     args.shapes = args.shapes or (list(SHAPES) if args.compile else ["small"])
     args.dtypes = args.dtypes or (["bf16", "fp32", "tf32"] if args.compile else ["bf16"])
