@@ -1,14 +1,9 @@
 """From text to batches of tokens.
 
-    python data.py                             prepares the default corpus: the sources of Python's library
-    python data.py --dataset=novel.txt         or any UTF-8 text file, or a folder of them
-    python data.py --tokenizer=byte            bytes instead of 1,024 tokens learnt from the training text
+A corpus is a list of documents. A fifth of them is held out for evaluation; the rest trains the tokenizer and
+the model. Both parts are encoded once, each document followed by a separator, and kept as one array of ids:
 
-train.py does this on first use. A corpus is a list of documents. A fifth of them is held out for
-evaluation; the rest trains the tokenizer and the model. Both parts are encoded once, each document followed
-by a separator, and kept on disk as one long array of ids:
-
-    data/<dataset>-<hash of the text>/<tokenizer>-<its hash>.json
+    data/<dataset>-<hash of the text>/<tokenizer>.json
     data/<dataset>-<hash of the text>/<hash of the tokenizer>-train-<hash of the file>.npy, and ...-val-...
 
 With the hashes in the names, a text or a tokenizer that changed never meets tokens of an older one.
@@ -36,8 +31,8 @@ from tqdm import tqdm
 
 HELD_OUT = 0.2  # share of the documents, or of the end of a single one
 SEPARATOR = "<|endoftext|>"  # between two documents: the last id of a tokenizer
-# A word with the space before it, up to three digits, a run of symbols, indentation. No token crosses these
-# borders.
+# A word with the space before it, up to three digits, a run of symbols, a line's end, indentation: no token
+# crosses the borders between these.
 PATTERN = r" ?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|\s*\n|\s+(?!\S)|\s+"
 
 
@@ -52,35 +47,21 @@ class Corpus(NamedTuple):
 # Documents
 
 
-def read_text(path):
-    return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-
-
-def read_folder(root, pattern="*"):
-    """{relative path: text} of the UTF-8 files below `root`, in order of their path. Others are left out."""
-    documents = {}
-    for path in sorted(Path(root).rglob(pattern)):
-        name = path.relative_to(root).as_posix()
-        if path.is_file() and "-packages/" not in name:  # installed packages are not part of Python's library
-            with suppress(UnicodeDecodeError, PermissionError):  # a picture, a text in another encoding, ...
-                documents[name] = read_text(path)
-    return documents
-
-
 def read_documents(dataset):
-    """{name: text} of a dataset: "python", the path of a text file, or that of a folder."""
-    path = Path(dataset)
-    if dataset == "python":
-        documents = read_folder(sysconfig.get_paths()["stdlib"], "*.py")
-    elif path.is_dir():
-        documents = read_folder(path)
-    elif path.is_file():
-        try:
-            documents = {path.name: read_text(path)}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--dataset={dataset} is not UTF-8 text: {error}") from None
-    else:
+    """{name: text} of a dataset: "python", the path of a text file, or that of a folder. Files that are not
+    UTF-8 are left out: a picture, a text in another encoding, ..."""
+    python = dataset == "python"
+    root = Path(sysconfig.get_paths()["stdlib"] if python else dataset)
+    if not root.exists():
         raise ValueError(f"--dataset={dataset}: no such file or folder (the default, python, needs none)")
+    paths = sorted(root.rglob("*.py" if python else "*")) if root.is_dir() else [root]
+    documents = {}
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        installed = python and "-packages/" in name  # not part of Python's library
+        if path.is_file() and not installed:
+            with suppress(UnicodeDecodeError, PermissionError):
+                documents[name] = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     documents = {name: text for name, text in documents.items() if text}
     if not documents:
         raise ValueError(f"--dataset={dataset} holds no UTF-8 text")
@@ -91,8 +72,8 @@ def split_documents(documents):
     """-> (training texts, held-out texts). The fifth of the documents with the lowest hashes of their names
     is held out: the same ones on every machine. Of fewer than 5 documents, the last fifth of each."""
     if len(documents) < 5:
-        cuts = [(text, int(len(text) * (1 - HELD_OUT))) for text in documents.values()]
-        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+        parts = [(text, int(len(text) * (1 - HELD_OUT))) for text in documents.values()]
+        return [text[:cut] for text, cut in parts], [text[cut:] for text, cut in parts]
     hashes = {name: hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in documents}
     ranked = sorted(documents, key=hashes.get)
     held_out = set(ranked[: round(len(ranked) * HELD_OUT)])
@@ -115,8 +96,10 @@ def train_bpe(texts, vocab_size):
     for text in tqdm(texts, "counting words", unit=" texts", disable=None):
         frequency.update(re.findall(PATTERN, text))
     words = [([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1]
-    counts = Counter()  # of each pair, written as one
-    found_in = defaultdict(set)  # the words it is in
+    counts = (
+        Counter()
+    )  # counts[left + right]: how often the two are neighbours (a + aa is the same as aa + a)
+    found_in = defaultdict(set)  # found_in[left + right]: the indices of the words that hold them
 
     def count(i, sign):
         word, n = words[i]
@@ -132,7 +115,7 @@ def train_bpe(texts, vocab_size):
         best = max(counts, key=counts.get, default=b"")
         if counts[best] < 1:
             raise ValueError(f"the text is too short for {vocab_size} tokens: take a smaller bpeN, or byte")
-        if best not in ranks:  # (aaa may be there already: from aa + a, then from a + aa)
+        if best not in ranks:
             ranks[best] = len(ranks)
             bar.update()
         for i in found_in.pop(best):
@@ -157,8 +140,8 @@ def make_tokenizer(spec, texts):
             kind = type(error).__name__
             raise ValueError(f"--tokenizer=gpt2 cannot be downloaded ({kind}): use bpe1024") from None
     number = re.fullmatch(r"bpe(\d{1,7})", spec)
-    size = int(number[1]) if number else 257
-    if size < 257 or not (number or spec == "byte"):
+    size = 257 if spec == "byte" else int(number[1]) if number else 0
+    if size < 257:
         raise ValueError(f"--tokenizer={spec}: should be byte, bpeN with N >= 257 (such as bpe1024), or gpt2")
     names = {"pat_str": PATTERN, "mergeable_ranks": train_bpe(texts, size)}
     return tiktoken.Encoding(spec, special_tokens={SEPARATOR: size - 1}, **names)
@@ -168,10 +151,8 @@ class HuggingFace:
     """A tokenizer.json of the `tokenizers` library, behind those calls of a tiktoken.Encoding that we use."""
 
     def __init__(self, text):
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ValueError("this tokenizer.json needs another package: pip install tokenizers") from None
+        from tokenizers import Tokenizer
+
         self.name = "huggingface"
         self.text = text
         self.tokenizer = Tokenizer.from_str(text)
@@ -190,7 +171,7 @@ class HuggingFace:
 
 
 def tokenizer_json(tokenizer):
-    """A tokenizer as text: what is saved, and what its hash is taken of."""
+    """A tokenizer as text: what is saved, and what its hash is taken of. (tiktoken has no public way.)"""
     if isinstance(tokenizer, HuggingFace):
         return tokenizer.text
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
@@ -217,7 +198,7 @@ def load_tokenizer(path, expected_hash=None, vocab_size=None):
         if vocab_size is not None and tokenizer.n_vocab > vocab_size:
             raise ValueError(f"it has {tokenizer.n_vocab} ids, the model has {vocab_size}")
         return tokenizer
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 (a damaged file can raise anything)
         kind = type(error).__name__
         raise ValueError(f"{path} is not the tokenizer it should be ({kind}: {error})") from None
 
@@ -256,22 +237,15 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     name = "python" if dataset == "python" else Path(dataset).resolve().name
     folder = Path("data") / f"{name}-{corpus_hash}"
     if isinstance(tokenizer, str):
-        path = next(folder.glob(f"{tokenizer}-*.json"), None)
-        if path is not None:
-            tokenizer = load_tokenizer(path, path.stem.rpartition("-")[2])
-        else:
-            spec, tokenizer = tokenizer, make_tokenizer(tokenizer, train)
-            text = tokenizer_json(tokenizer)
-            write_whole(folder / f"{spec}-{hash_of(text)}.json", text.encode())
+        path = folder / f"{Path(tokenizer).name}.json"
+        if not path.exists():
+            write_whole(path, tokenizer_json(make_tokenizer(tokenizer, train)).encode())
+        tokenizer = load_tokenizer(path)
     tokenizer_hash = hash_of(tokenizer_json(tokenizer))
     train_ids = load_tokens(folder, f"{tokenizer_hash}-train", tokenizer, train)
     val_ids = load_tokens(folder, f"{tokenizer_hash}-val", tokenizer, val)
-    size = sum(len(text.encode()) for text in (*train, *val))
-    bytes_per_token = size / (len(train_ids) + len(val_ids))
-    print(f"corpus     {dataset} {corpus_hash}: {len(documents):,} files, {size:,} bytes")
-    print(f"tokenizer  {tokenizer.name} {tokenizer_hash}: {tokenizer.n_vocab:,} ids")
-    print(f"tokens     {len(train_ids):,} to train on, {len(val_ids):,} held out,")
-    print(f"           {bytes_per_token:.2f} bytes each")
+    print(f"corpus     {dataset} {corpus_hash}: {len(documents):,} files, {tokenizer.n_vocab:,} token ids")
+    print(f"tokens     {len(train_ids):,} to train on, {len(val_ids):,} held out")
     return Corpus(corpus_hash, tokenizer, train_ids, val_ids)
 
 
@@ -289,12 +263,14 @@ def random_windows(tokens, b, l, seed, step):
 def next_windows(tokens, b, l, seed, step):
     """(b, l + 1) int64: b streams, each from its own place in the text; row i of step j + 1 continues row i
     of step j. At the end of the text a stream goes on with its beginning."""
-    start = np.random.default_rng(seed).integers(len(tokens)) + np.arange(b) * (len(tokens) // b) + step * l
+    first = np.random.default_rng(seed).integers(len(tokens))
+    distance = len(tokens) // b  # between two streams
+    start = first + np.arange(b) * distance + step * l
     return torch.from_numpy(tokens[(start[:, None] + np.arange(l + 1)) % len(tokens)].astype(np.int64))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files and errors, for the other scripts too
+# Files, flags and errors, for the other scripts too
 
 
 def hash_of(content):
@@ -330,6 +306,22 @@ def check_can_write(folder):
         raise ValueError(f"--out={folder} cannot be written to: {there} is no folder to write in")
 
 
+def number(kind, least, most=1e9):
+    """A type for argparse: a number within bounds."""
+
+    def convert(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"should be from {least} to {most:g}, not {text}")
+        return kind(text)
+
+    convert.__name__ = kind.__name__  # argparse shows it
+    return convert
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """For --help: line breaks as they are, defaults shown."""
+
+
 def run_script(main):
     """Errors in one line. Exit code 2: a flag or a file is wrong, and nothing was done; else 1."""
     try:
@@ -340,15 +332,3 @@ def run_script(main):
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Prepares a tokenized corpus and says what it holds.")
-    parser.add_argument("--dataset", default="python", help="python, or a UTF-8 text file or folder [python]")
-    parser.add_argument("--tokenizer", default="bpe1024", help="byte, bpeN (N ids) or gpt2 [bpe1024]")
-    args = parser.parse_args(argv)
-    load_corpus(args.dataset, args.tokenizer)
-
-
-if __name__ == "__main__":
-    run_script(main)

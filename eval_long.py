@@ -10,13 +10,12 @@ Some positions happen to hold harder text than others. So each token is predicte
     restarted   after only the last T/2 to T of them: windows of T tokens that overlap by half, each from a
                 zero state, of which the second half counts. That is what the model was trained for.
 
-The *excess* is the mean of full - restarted, in nats/token, over the same tokens. Above 0, the longer past
-does harm: the model does not generalize in length. Below 0, it helps. The *window loss* is the mean loss
-over all restarted windows: what an initial state in training costs within T. Both are in float32, whatever
-the training.
-
-Tokens are counted in buckets of t: (T/2, T], (T, 2T], (2T, 4T], ... In the first, both predictions are the
-same."""
+The *excess* is the mean of full - restarted, in nats/token, over the same tokens: those with t in (T/2, T],
+(T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not generalize in length. Below 0,
+it helps. (In the first bucket both predictions are the same.) The *window loss* is the mean loss over all
+restarted windows: what an initial state in training costs within T. Both are in float32, whatever the
+training was in.
+"""
 
 import argparse
 import hashlib
@@ -29,20 +28,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import check_can_write, load_corpus, load_tokenizer, run_script, tokenizer_json, write_whole
+import data
 from model import choose_device, load_run
 
 TOKENS_AT_ONCE = 1024  # of a forward pass, in all sequences together: what fits a CPU's cache is faster
 
 
-def choose_starts(tokens, length, sequences=None, seed=0, most=8):
+def choose_starts(tokens, length, sequences=None, seed=0):
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
-    None: as many as fit, at most `most`. ValueError says what would fit."""
+    None: as many as fit, at most 8. ValueError says what would fit."""
     fit = len(tokens) // (length + 1)
-    sequences = sequences or max(1, min(fit, most))
+    sequences = sequences or max(1, min(fit, 8))
     if fit < sequences:
-        longest = len(tokens) // sequences - 1
-        raise ValueError(f"--sequences={sequences} of {length:,} tokens do not fit, of {longest:,} would")
+        longest = max(0, len(tokens) // sequences - 1)
+        raise ValueError(
+            f"{sequences} x {length:,} tokens do not fit into the text: --max_len={longest} would"
+        )
     slot = len(tokens) // sequences
     return np.arange(sequences) * slot + np.random.default_rng(seed).integers(slot - length, size=sequences)
 
@@ -56,47 +57,51 @@ def make_buckets(length, T):
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, starts, length, T, progress):
+def evaluate(model, tokens, starts, length, T, bar):
     """Predicts tokens[start + 1 : start + 1 + length] for each start. length: a multiple of T/2, at least T.
     -> a dict for each bucket: from, to, tokens, means in nats/token, standard errors (_se) over sequences."""
     half = T // 2
+    b = len(starts)
     device = model.lm_head.weight.device
-    segment = max(T, TOKENS_AT_ONCE // len(starts) // half * half)  # tokens of each sequence at once
+    segment = max(T, (TOKENS_AT_ONCE // b // half) * half)  # tokens of each text at once, a multiple of T/2
 
     def read(begin, end):  # (b, end - begin + 1) ids, from the memory map
         places = starts[:, None] + np.arange(begin, end + 1)
         return torch.from_numpy(tokens[places].astype(np.int64)).to(device)
 
-    rows, state, window_losses = [], None, []
+    rows = []
+    state = None
+    window_sum, windows_seen = 0.0, 0
     for bucket_begin, bucket_end in make_buckets(length, T):
-        full, restarted = [], []  # of each sequence: the sums over a segment
+        full = torch.zeros(b, dtype=torch.float64)  # sums of nats over the bucket
+        restarted = torch.zeros(b, dtype=torch.float64)
         for begin in range(bucket_begin, bucket_end, segment):
             end = min(begin + segment, bucket_end)
-            first = max(begin, half)  # of the tokens that count: the first T/2 of a text are in no bucket
+            first = max(begin, half)  # the first T/2 tokens of a text do not count
 
             # Full: go on from where the last segment stopped.
             idx = read(begin, end)
             nll, state = model.per_token_nll(idx[:, :-1], idx[:, 1:], state)  # (b, end - begin)
-            full.append(nll[:, first - begin :].double().sum(1))
+            full += nll[:, first - begin :].cpu().double().sum(1)
 
             # Restarted: the windows whose second halves lie in this segment.
             windows = read(first - half, end).unfold(1, T + 1, half)  # (b, windows, T + 1)
             flat = windows.flatten(0, 1)
             nll, _ = model.per_token_nll(flat[:, :-1], flat[:, 1:])
-            nll = nll.view(*windows.shape[:2], T).double()
-            restarted.append(nll[..., half:].sum((1, 2)))
-            window_losses.append(nll.mean(2).flatten())
-            progress.update(len(starts) * (end - begin))
+            nll = nll.view(*windows.shape[:2], T).cpu().double()
+            restarted += nll[..., half:].sum((1, 2))
+            window_sum += nll.mean(2).sum().item()
+            windows_seen += len(flat)
+            bar.update(b * (end - begin))
 
         count = bucket_end - max(bucket_begin, half)
-        full = torch.stack(full).sum(0) / count  # (b)
-        excess = full - torch.stack(restarted).sum(0) / count
-        row = {"from": bucket_end - count, "to": bucket_end, "tokens": len(starts) * count}
-        row |= {"nll": full.mean().item(), "nll_se": standard_error(full)}
+        loss = full / count  # (b)
+        excess = (full - restarted) / count
+        row = {"from": bucket_end - count, "to": bucket_end, "tokens": b * count}
+        row |= {"nll": loss.mean().item(), "nll_se": standard_error(loss)}
         row |= {"excess": excess.mean().item(), "excess_se": standard_error(excess)}
         rows.append(row)
-    window_loss = torch.cat(window_losses).mean().item()
-    return [row | {"window_loss": window_loss} for row in rows]
+    return [row | {"window_loss": window_sum / windows_seen} for row in rows]
 
 
 def standard_error(values):
@@ -159,40 +164,40 @@ def draw(path, results):
         axis.grid(alpha=0.3)
         for T in {rows[0]["seq_len"] for rows in results.values()}:
             axis.axvline(T, color="gray", linestyle=":")
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    data.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
     pyplot.close(figure)
 
 
 def make_parser():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="run folders made by train.py, or official checkpoints")
-    parser.add_argument("--max_len", type=int, default=65536, help="tokens of a sequence [65536]")
-    parser.add_argument("--sequences", type=int, help="sequences [as many as the text has, at most 8]")
-    parser.add_argument("--seed", type=int, default=0, help="of where they begin [0]")
-    parser.add_argument("--dataset", help="python, or a UTF-8 text file or folder [that of the runs]")
-    parser.add_argument(
-        "--part", default="val", choices=["val", "train"], help="held-out text, or the rest [val]"
-    )
-    parser.add_argument("--out", default="out/eval", help="folder of results.jsonl and excess.png [out/eval]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps [auto]")
-    parser.add_argument(
-        "--backend", default="auto", choices=["auto", "triton", "torch"], help="of the scan [auto]"
-    )
+    style = {"formatter_class": data.Formatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    add = parser.add_argument
+    count = data.number(int, 1)
+    # fmt: off
+    add("runs", nargs="+", help="run folders made by train.py, or official checkpoints")
+    add("--max_len", default=65536, type=count, help="tokens of a sequence")
+    add("--sequences", type=count, help="how many; None: as many as the text has, at most 8")
+    add("--seed", default=0, type=data.number(int, 0), help="of where they begin")
+    add("--dataset", help="python, or a UTF-8 text file or folder; None: that of the runs")
+    add("--part", default="val", choices=["val", "train"], help="held-out text, or the rest")
+    add("--out", default="out/eval", help="folder of results.jsonl and excess.png")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--backend", default="auto", choices=["auto", "triton", "torch"], help="of the scan")
+    # fmt: on
     return parser
 
 
 def main(argv=None):
     # Everything that can be wrong with the arguments, before any work.
     args = make_parser().parse_args(argv)
-    check_can_write(args.out)
+    data.check_can_write(args.out)
     device = choose_device(args.device)
     runs = {run: load_run(run, device) for run in args.runs}
     tokenizers = []
     for run, (model, checkpoint) in runs.items():
         model.config.backend = None if args.backend == "auto" else args.backend
-        tokenizers.append(load_tokenizer(run, checkpoint["tokenizer_hash"], model.config.vocab_size))
-    if len({tokenizer_json(tokenizer) for tokenizer in tokenizers}) > 1:
+        tokenizers.append(data.load_tokenizer(run, checkpoint["tokenizer_hash"], model.config.vocab_size))
+    if len({data.tokenizer_json(tokenizer) for tokenizer in tokenizers}) > 1:
         raise ValueError("these runs have different tokenizers, so their losses per token do not compare")
     datasets = {checkpoint["args"]["dataset"] for _, checkpoint in runs.values()}
     if len(datasets) > 1 and not args.dataset:
@@ -200,9 +205,7 @@ def main(argv=None):
     longest = max(checkpoint["args"]["seq_len"] for _, checkpoint in runs.values())
     if args.max_len < longest:
         raise ValueError(f"--max_len={args.max_len} is less than T = {longest}, the training length")
-    if args.seed < 0 or args.sequences is not None and args.sequences < 1:
-        raise ValueError("--seed should be at least 0, --sequences at least 1")
-    corpus = load_corpus(args.dataset or datasets.pop(), tokenizers[0])
+    corpus = data.load_corpus(args.dataset or datasets.pop(), tokenizers[0])
     tokens = getattr(corpus, args.part)
     starts = choose_starts(tokens, args.max_len, args.sequences, args.seed)
     path = Path(args.out) / "results.jsonl"
@@ -230,7 +233,7 @@ def main(argv=None):
             facts = {"run": run, "init_state": mode, "step": checkpoint["step"], "seq_len": T}
             rows = [facts | what | row for row in rows]
             known += rows
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
+            data.write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
         results[run] = rows
     print_table(results)
     draw(path.with_name("excess.png"), results)
@@ -238,4 +241,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    data.run_script(main)

@@ -6,8 +6,9 @@
     logits, state = model.step(token, state)        # one token, in constant time and memory
 
 A layer looks at the past in two ways: by a convolution over the last few tokens, and by the scan of
-scan_kernel.py. So its state has two parts: *conv*, the last d_conv - 1 inputs of the convolution, and *ssm*,
-the scan's matrices. Carry both over, and a text cut into segments gives the same numbers as in one piece.
+scan_kernel.py. So its state has two parts: *conv*, the last d_conv - 1 inputs of the convolution, and *ssm*
+(state space model), the matrices of the scan. Carry both over, and a text cut into segments gives the same
+numbers as in one piece.
 
 Parameters have the names, shapes and meaning of the official implementation (MambaLMHeadModel of mamba_ssm).
 Dimensions: see scan_kernel.py.
@@ -36,31 +37,26 @@ class Mamba2Config:
     n_layer: int
     d_state: int = 128  # n
     headdim: int = 64  # p
-    expand: int = 2  # the heads together are so much wider than the model: h p = expand d
+    expand: int = 2  # all heads together have h p = expand d channels
     d_conv: int = 4  # tokens that the convolution sees
     A_init: str = "uniform"  # or "log": log-uniform, one head in each of h equal parts
-    A_init_range: tuple = (
-        1,
-        16,
-    )  # of -A, the rates of forgetting; a head remembers about 1 / (dt |A|) tokens
-    dt_min: float = 1e-3
+    A_init_range: tuple = (1, 16)  # of -A at the start
+    dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
     tie_embeddings: bool = True  # lm_head's weight is the embedding's
     chunk: int = 64  # of the scan, in tokens; changes speed, not results
     backend: str | None = None  # of the scan: "triton", "torch", or None for the better one
 
     def __post_init__(self):
+        self.A_init_range = list(self.A_init_range)
         self.d_inner = self.expand * self.d_model
         self.nheads = self.d_inner // self.headdim
         self.conv_dim = self.d_inner + 2 * self.d_state  # x, B and C go through the convolution
         low, high = self.A_init_range
-        for fits, rule in (
-            (self.d_inner % self.headdim == 0, f"headdim {self.headdim} divides {self.expand} d_model"),
-            (self.chunk & (self.chunk - 1) == 0, f"chunk {self.chunk} is a power of two"),
-            (0 < low <= high < math.inf, f"A_init_range {low} {high} is two numbers 0 < LOW <= HIGH"),
-        ):
-            if not fits:
-                raise ValueError(f"the model's sizes should be such that {rule}")
+        if self.d_inner % self.headdim:
+            raise ValueError(f"headdim {self.headdim} should divide expand * d_model = {self.d_inner}")
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"A_init_range {low} {high} should be 0 < low <= high")
 
 
 class GatedRMSNorm(nn.Module):
@@ -74,7 +70,9 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """A layer: project, convolve, scan, add what D lets pass, gate by z, project back."""
+    """A layer. From each token it projects z (a gate), x (what is written), B and C (where it is written
+    and read) and, for each head, a time step dt > 0. A head with the rate A < 0 keeps exp(dt A) of its
+    state at each token, so it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the scan."""
 
     def __init__(self, config):
         super().__init__()
@@ -90,13 +88,14 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
     def project(self, inputs):
-        """inputs (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h) > 0 in float32: the time steps"""
+        """inputs (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h) in float32"""
         sizes = (self.config.d_inner, self.config.conv_dim, self.config.nheads)
         z, xBC, dt = self.in_proj(inputs).split(sizes, dim=-1)
         return z, xBC, F.softplus(dt + self.dt_bias)
 
     def convolve(self, xBC, conv):
-        """xBC (b, l, conv_dim), the inputs before it or None -> (b, l, conv_dim), its last inputs"""
+        """xBC (b, l, conv_dim), conv (b, d_conv - 1, conv_dim), the inputs before it, or None -> both,
+        after it"""
         b, l, width = xBC.shape
         if conv is None:
             conv = xBC.new_zeros(b, self.config.d_conv - 1, width)
@@ -104,7 +103,7 @@ class Mamba2(nn.Module):
         out = self.conv1d.bias
         for i in range(self.config.d_conv):  # shifted products: faster on a CPU than its own convolution
             out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
-        last = padded[:, l:].to(out.dtype, copy=True)  # a view would keep all of `padded` in memory
+        last = padded[:, l:].to(out.dtype, copy=True)  # float32; a view would keep all of `padded`
         return F.silu(out).to(xBC.dtype), last
 
     def split(self, xBC):
@@ -119,15 +118,15 @@ class Mamba2(nn.Module):
         z, xBC, dt = self.project(inputs)
         xBC, conv = self.convolve(xBC, conv)
         x, B, C = self.split(xBC)
-        a = -torch.exp(self.A_log) * dt  # (b, l, h): a larger step forgets more ...
-        u = (x * dt[..., None]).to(x.dtype)  # (b, l, h, p): ... and writes more
-        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than l, up to a power of two
+        a = -torch.exp(self.A_log) * dt  # (b, l, h); a larger step forgets more
+        u = (x * dt[..., None]).to(x.dtype)  # (b, l, h, p); and writes more
+        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # at most the next power of two above l
         y, ssm = ssd(u, a, B, C, ssm, chunk, self.config.backend)
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv, ssm)
 
     def step(self, inputs, state):
-        """`forward` for one token: inputs (b, d), state (conv, ssm) -> (b, d), state"""
+        """The same for one token, without chunks: inputs (b, d), state (conv, ssm) -> (b, d), state"""
         conv, ssm = state
         z, xBC, dt = self.project(inputs)
         window = torch.cat([conv, xBC[:, None]], dim=1)  # (b, d_conv, conv_dim)
@@ -153,7 +152,7 @@ class Block(nn.Module):
 
 class Mamba2LM(nn.Module):
     """The state of the model is a list with a pair for each layer:
-    conv (b, d_conv - 1, conv_dim) and ssm (b, h, p, n), both float32. None stands for zeros."""
+    conv (b, d_conv - 1, conv_dim) and ssm (b, h, p, n), both float32. None instead of the list: zeros."""
 
     def __init__(self, config):
         super().__init__()
@@ -172,7 +171,7 @@ class Mamba2LM(nn.Module):
         """
         embedding (= lm_head)    normal, std 0.02
         in_proj, conv1d          uniform in +- 1 / sqrt(fan in), torch's default
-        out_proj                 the same / sqrt(n_layer): each layer adds to the residual stream
+        out_proj                 that / sqrt(n_layer): each layer adds to the residual stream
         norms, D                 1
         dt_bias                  softplus(dt_bias) log-uniform in [dt_min, dt_max]
         A_log                    log of -A, which is uniform or log-uniform in A_init_range"""
@@ -197,7 +196,7 @@ class Mamba2LM(nn.Module):
                 )
 
     def zero_state(self, b):
-        """The state before any token."""
+        """The state before any token. All layers share the same two tensors."""
         config, device = self.config, self.lm_head.weight.device
         conv = torch.zeros(b, config.d_conv - 1, config.conv_dim, device=device)
         ssm = torch.zeros(b, config.nheads, config.headdim, config.d_state, device=device)
@@ -282,7 +281,12 @@ class Mamba2LM(nn.Module):
         # What other models may have, and the only value of it that is implemented here.
         only = {"model_type": "mamba2", "layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True}
         only |= {"attn_layer_idx": [], "d_intermediate": 0, "D_has_hdim": False, "norm_before_gate": False}
-        only |= {"dt_limit": [0, math.inf], "rms_norm": True, "hidden_act": "silu"}
+        only |= {
+            "dt_limit": [0, math.inf],
+            "rms_norm": True,
+            "hidden_act": "silu",
+            "layer_norm_epsilon": 1e-5,
+        }
         for name, value in only.items():
             if fields.get(name, value) != value:
                 raise ValueError(f"{name}={fields[name]} is not implemented here, only {value} is")
@@ -311,7 +315,8 @@ def load_run(folder, device="cpu"):
     try:
         if (folder / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
-            args = {"seq_len": 2048, "batch_size": 8, "tokenizer": "its own", "dataset": "python"}
+            args = {"seq_len": 2048, "batch_size": 8, "dataset": "python"}
+            args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py's defaults: neither is used
             checkpoint = {"args": args, "step": 0, "corpus_hash": None, "tokenizer_hash": None}
         else:
             with zipfile.ZipFile(folder / "ckpt.pt") as archive:  # torch.load does not notice a flipped bit

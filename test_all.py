@@ -10,18 +10,15 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import unicodedata
 from collections import Counter
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: tensors are small here
 
@@ -44,7 +41,6 @@ from scan_kernel import random_inputs, relative_error, ssd, ssd_chunked, ssd_loo
 
 ROOT = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODES = ("zero", "noise", "fitted", "prev", "tbtt")
 NO_BAR = tqdm(disable=True)
 
 
@@ -79,21 +75,20 @@ def inputs_for(l, dtype=torch.float32, b=2, h=2, p=16, n=16, init=True):
     return inputs if init else inputs[:4]
 
 
+def results(scan, inputs, loss):
+    """Of the scan, what `loss` takes of its results, and all gradients."""
+    return with_gradients(lambda *args: LOSSES[loss](*scan(*args), args[3]), inputs)
+
+
 def check_scan(scan, inputs, limit=1e-5, loss="both"):
     """All results and gradients are those of the recurrence in float64 on the same numbers."""
-
-    def results(scan, inputs):
-        return with_gradients(lambda *args: LOSSES[loss](*scan(*args), args[3]), inputs)
-
-    reference = results(ssd_loop, [t.double() for t in inputs])
+    reference = results(ssd_loop, [t.double() for t in inputs], loss)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    found = results(scan, inputs)
+    found = results(scan, inputs, loss)
     torch.use_deterministic_algorithms(False)
     for i, (r, f) in enumerate(zip(reference, found, strict=True)):
         error = (f.double() - r).norm().item()
         assert error <= limit * r.norm().item() + 1e-9, (i - len(found), error)
-    for gradient, t in zip(found[-len(inputs) :], inputs):
-        assert gradient.dtype == t.dtype
 
 
 def test_loop_is_the_sum_written_out():
@@ -142,20 +137,13 @@ def test_scan_takes_any_strides(scan):
 
 
 @needs_triton
-def test_triton_gives_equal_bits_twice():
-    """No result or gradient depends on the order in which programs run."""
-    inputs = inputs_for(50, h=4)
-    once, again = [with_gradients(ssd_triton, inputs) for _ in range(2)]
-    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
-
-
-@needs_triton
-@pytest.mark.parametrize("loss", ["y", "state", "both"])
-def test_triton_compiles_into_one_graph(loss):
-    """torch.compile(fullgraph=True) sees one operator: the same results and gradients, whatever the loss."""
+@pytest.mark.parametrize("loss", LOSSES)
+def test_triton_is_one_operator_that_gives_equal_bits(loss):
+    """Twice, and compiled into one graph by torch.compile: the same results and gradients, bit for bit."""
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(partial(ssd_triton, chunk=16), fullgraph=True, backend=backend)
-    check_scan(compiled, inputs_for(33), loss=loss)
+    compiled = torch.compile(ssd_triton, fullgraph=True, backend=backend)
+    once, again, found = [results(scan, inputs_for(130), loss) for scan in (ssd_triton, ssd_triton, compiled)]
+    assert all(map(torch.equal, once, again)) and all(map(torch.equal, once, found))
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -196,67 +184,60 @@ def test_laws_of_the_scan(scan, seed):
     same = partial(assert_close, atol=2e-4, rtol=1e-4)
     l = draw.randint(2, 50)
     u, a, B, C, S = inputs_for(l, b=draw.randint(1, 3), h=draw.randint(1, 3))
-    y, final = scan(u, a, B, C, S)
-    other_y, other_final = scan(u.flip(1), a, B, C, S.flip(2))
-    mixed = scan(2 * u - u.flip(1), a, B, C, 2 * S - S.flip(2))
-    same(mixed, (2 * y - other_y, 2 * final - other_final))
+    whole = scan(u, a, B, C, S)
+    for from_both, written, kept in zip(whole, scan(u, a, B, C), scan(0 * u, a, B, C, S), strict=True):
+        same(from_both, written + kept)
     cuts = sorted(draw.sample(range(1, l), draw.randint(1, min(3, l - 1))))
     ys = []
     for parts in zip(*(t.tensor_split(cuts, dim=1) for t in (u, a, B, C))):
         y_part, S = scan(*parts, S)
         ys.append(y_part)
-    same((torch.cat(ys, dim=1), S), (y, final))
+    same((torch.cat(ys, dim=1), S), whole)
 
 
 def last_row_far_away():
     """Of so many rows only the last is computed: memory that is never touched takes no room."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-    def far(t):
-        rows = torch.empty(2**23 + 1, *t.shape[1:], dtype=t.dtype)
-        rows[-1:] = t
-        return rows
-
-    def both_passes(u, a, B, C, init_state, dy, dS):
-        y, S, states = scan_kernel._forward(u, a, B, C, init_state, 16)
-        return [y, S, *scan_kernel._backward(u, a, B, C, states, dy, dS, 16, True)]
+    def both_passes(u, a, B, C, S):  # u and S also serve as gradients
+        y, final, states = scan_kernel._forward(u, a, B, C, S, 16)
+        return [y, final, *scan_kernel._backward(u, a, B, C, states, u, S, 16, True)]
 
     inputs = random_inputs(1, 16, 1, 16, 16, torch.float16)
-    inputs += [inputs[0].flip(3), inputs[4].flip(3)]
     expected = both_passes(*inputs)
     launch = scan_kernel._launch
     one_program = lambda kernel, programs, u, *rest, **flags: launch(kernel, programs, u[:1], *rest, **flags)
-    last_program = TensorHandle(np.array([2**23], np.int32), tl.int32)
     scan_kernel._launch = one_program
-    InterpreterBuilder.create_get_program_id = lambda *_: last_program
-    found = both_passes(*map(far, inputs))
+    last = TensorHandle(np.array([2**23], np.int32), tl.int32)
+    InterpreterBuilder.create_get_program_id = lambda *_: last
+    far = [t.new_empty(2**23 + 1, *t.shape[1:]) for t in inputs]
+    for rows, t in zip(far, inputs):
+        rows[-1:] = t
+    found = both_passes(*far)
     print(all(torch.equal(r, f[-1:]) for r, f in zip(expected, found, strict=True)))
 
 
 @needs_triton
-@pytest.mark.skipif(DEVICE == "cuda", reason="results/gpu_check.py has it for a GPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs one program in the interpreter")
 def test_triton_offsets_past_2_31_elements():
-    """A row of a batch more than 2^31 elements from the first: the same bits as on its own."""
-    code = "import test_all; test_all.last_row_far_away()"  # a wrong offset would end the process
-    assert run_python("-c", code) == "True\n"
+    """A row more than 2^31 elements from the first: the same bits as alone. (Or else the process may crash.)"""
+    assert run_python("-c", "import test_all; test_all.last_row_far_away()") == "True\n"
 
 
 @needs_triton
 def test_kernels_compile_for_gpus_that_are_not_here():
-    """No spills on sm_80 and sm_90, products of bf16 on tensor cores and of float32 exact, little memory."""
+    """No spills in bf16 on sm_80 and sm_90, products of bf16 on tensor cores and of float32 exact."""
     command = "results/kernel_report.py --compile --shapes small --targets sm_80 sm_90 gfx942"
     rows = json.loads(run_python(*command.split()).splitlines()[-1])["kernels"]
     built = {(row["kernel"].split()[0], row["dtype"], row["target"]) for row in rows}
-    assert (
-        len(built & set(itertools.product(scan_kernel.SETTINGS, ("bf16", "fp32"), command.split()[-3:])))
-        == 24
-    )
+    targets = ("sm_80", "sm_90", "gfx942")
+    assert built >= set(itertools.product(scan_kernel.SETTINGS, ("bf16", "fp32"), targets))
     for row in rows:
         assert row["shared"] <= (65536 if row["target"] == "gfx942" else 101376), row  # of consumer GPUs
         assert row["dtype"] != "fp32" or row["tf32"] == 0, row
-        if row["dtype"] == "bf16":
+        assert row["dtype"] != "bf16" or row["target"] == "gfx942" or row["spilled"] == 0, row
+        if row["dtype"] == "bf16" and row["l"] > 32:  # else some products are of zeros, and left out
             assert row["tensor_ops"] >= row["products"], row
-            assert row["spilled"] == 0 or row["target"] == "gfx942", row
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -316,9 +297,8 @@ def test_sliced_loss_equals_whole(monkeypatch):
     monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 61 * 7)
     sliced, _ = model.per_token_nll(idx[:, :-1], idx[:, 1:])
     assert relative_error(whole, sliced) < 1e-6
-    gradients = [
-        torch.autograd.grad((nll * weights).sum(), model.lm_head.weight)[0] for nll in (whole, sliced)
-    ]
+    weight = model.lm_head.weight
+    gradients = [torch.autograd.grad((nll * weights).sum(), weight)[0] for nll in (whole, sliced)]
     assert relative_error(*gradients) < 1e-5
     assert_close(model(idx[:, :-1], idx[:, 1:])[1], whole.mean())
 
@@ -328,25 +308,105 @@ def test_parameters_are_the_official_ones():
     layer = {"norm.weight": (32,), "mixer.dt_bias": (8,), "mixer.A_log": (8,), "mixer.D": (8,)}
     layer |= {"mixer.in_proj.weight": (64 + 96 + 8, 32), "mixer.out_proj.weight": (32, 64)}
     layer |= {"mixer.conv1d.weight": (96, 1, 4), "mixer.conv1d.bias": (96,), "mixer.norm.weight": (64,)}
-    rest = {
-        "backbone.embedding.weight": (61, 32),
-        "backbone.norm_f.weight": (32,),
-        "lm_head.weight": (61, 32),
-    }
+    rest = {"backbone.embedding.weight": (61, 32), "lm_head.weight": (61, 32)}
+    rest |= {"backbone.norm_f.weight": (32,)}
     shapes = {name: tuple(t.shape) for name, t in tiny_model(n_layer=1).state_dict().items()}
     assert shapes == rest | {f"backbone.layers.0.{name}": shape for name, shape in layer.items()}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_initialisation(seed):
-    """dt within [dt_min, dt_max]; A within its range, log-uniform with one head in each of h equal parts."""
+    """dt within [dt_min, dt_max]; A log-uniform, with one head in each of h equal parts."""
     mixer = tiny_model(seed).backbone.layers[0].mixer
     dt = F.softplus(mixer.dt_bias)
     assert 0.99e-3 <= dt.min() and dt.max() <= 0.101
     part = (mixer.A_log.exp() / 0.01).log() / math.log(16 / 0.01) * 8
     assert part.floor().long().tolist() == list(range(8))
-    A = tiny_model(seed, A_init="uniform", A_init_range=(1, 16)).backbone.layers[0].mixer.A_log.exp()
-    assert 1 <= A.min() and A.max() <= 16
+
+
+@pytest.fixture
+def official(tmp_path):
+    """-> function that writes a model as mamba_ssm does, in float16, with a tokenizer like GPT-NeoX's."""
+    bpe = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(unicode_normalizer="nfc")
+    code = ["def hello(world):\n    return world\n" * 9]
+    bpe.train_from_iterator(code, 300, special_tokens=[data.SEPARATOR], show_progress=False)
+    bpe.add_tokens(["  ", "    "])
+    model = Mamba2LM(Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16))  # 300 ids, padded
+
+    def write(ssm_cfg=(), **changes):
+        folder = tmp_path / "official model \u00e9"
+        folder.mkdir(exist_ok=True)
+        layer = {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 256} | dict(ssm_cfg)
+        fields = {"d_model": 32, "d_intermediate": 0, "n_layer": 2, "vocab_size": 300, "ssm_cfg": layer}
+        fields |= {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True}
+        fields |= {"fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(fields | changes))
+        (folder / "tokenizer.json").write_text(bpe.to_str())
+        torch.save(model.half().state_dict(), folder / "pytorch_model.bin")
+        return folder
+
+    return write
+
+
+def test_official_folder_is_read(official):
+    """All weights of a mamba_ssm folder in float16 come as float32; a pickle that could run code does not."""
+    file = official() / "pytorch_model.bin"
+    model, checkpoint = load_run(file.parent)
+    expected = {name: w.float() for name, w in torch.load(file, weights_only=True).items()}
+    assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+    assert checkpoint["args"]["seq_len"] == 2048
+    torch.save({"backbone": os.system}, file)
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        load_run(file.parent)
+
+
+OTHER_MODEL = {"attn_layer_idx": [1], "d_intermediate": 64, "rms_norm": False}
+OTHER_LAYER = {"layer": "Mamba1", "ngroups": 2, "norm_before_gate": True, "D_has_hdim": True}
+
+
+@pytest.mark.parametrize("name, value", [*OTHER_MODEL.items(), *OTHER_LAYER.items()])
+def test_official_folder_of_another_architecture_is_refused_by_name(official, name, value):
+    """What is not implemented here is not ignored."""
+    folder = official(**{name: value}) if name in OTHER_MODEL else official({name: value})
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value} is not implemented")):
+        load_run(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied, l", [(True, 37), (False, 50), (True, 1)])
+def test_transformers_computes_the_same(tied, l, tmp_path):
+    """Our weights there, theirs here: the same logits, after a text and going on from the state it left."""
+    transformers = pytest.importorskip("transformers")
+    ours = Mamba2LM(
+        Mamba2Config(61, d_model=32, n_layer=2, d_state=16, headdim=16, tie_embeddings=tied)
+    ).eval()
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16, "head_dim": 16}
+    sizes |= {"num_heads": 4, "n_groups": 1, "chunk_size": 8, "tie_word_embeddings": tied}
+    theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes)).eval()
+    weights = ours.state_dict().items()
+    theirs.load_state_dict({name.replace("embedding.", "embeddings."): w for name, w in weights})
+    idx, more = random_ids(2, l), random_ids(2, 1, seed=1)
+    logits, _, state = ours(idx)
+    expected = theirs(idx, use_cache=True)
+    assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+    next_logits = theirs(more, cache_params=expected.cache_params).logits
+    assert_close(ours(more, state=state)[0], next_logits, atol=1e-4, rtol=1e-4)
+    theirs.save_pretrained(tmp_path)
+    assert torch.equal(load_run(tmp_path)[0](idx)[0], logits)
+
+
+def test_hugging_face_tokenizer_gives_the_same_ids(official):
+    """The library's own, NFC and runs of spaces included; the text of a separator is no separator."""
+    from tokenizers import Tokenizer
+
+    file = official() / "tokenizer.json"
+    ours, theirs = data.load_tokenizer(file), Tokenizer.from_file(str(file))
+    for text in ("def  hello(cafe\u0301):\n        return\t1\n", "   ", "日本 \U0001f600 a<b", ""):
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.encode_single_token(data.SEPARATOR) not in ours.encode_ordinary(data.SEPARATOR)
+    assert data.tokenizer_json(ours) == file.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -367,16 +427,15 @@ def test_tokenizers_are_lossless(spec, size):
     """decode(encode(s)) == s for random Unicode, also where the text holds the separator's."""
     rng = random.Random(0)
     tokenizer = data.make_tokenizer(spec, [TEXT])
-    assert tokenizer.n_vocab == size
-    assert tokenizer.encode_single_token(data.SEPARATOR) == size - 1
+    assert tokenizer.n_vocab == size and tokenizer.encode_single_token(data.SEPARATOR) == size - 1
     for _ in range(200):
         ends = rng.choices([0x80, 0xD800, 0x110000], k=rng.randrange(60))
-        string = "".join(chr(rng.randrange(end)) for end in ends)
+        string = "".join(chr(rng.randrange(end)) for end in ends) + rng.choice(
+            ["", data.SEPARATOR, "   \n\t x\r\n"]
+        )
         string = string.encode(errors="ignore").decode()  # without surrogates
-        string += rng.choice(["", data.SEPARATOR, "    \n\t  x\r\n"])
         ids = tokenizer.encode_ordinary(string)
-        assert tokenizer.decode(ids) == string
-        assert size - 1 not in ids
+        assert tokenizer.decode(ids) == string and size - 1 not in ids
 
 
 def test_bpe_merges_the_most_frequent_pair():
@@ -394,7 +453,7 @@ def test_bpe_merges_the_most_frequent_pair():
 
 
 def test_corpus_is_prepared_once(work, monkeypatch):
-    """Two processes prepare it at once and leave whole files and nothing else; they are used from then on."""
+    """Two processes at once leave whole files and nothing else; they are used from then on."""
     command = [sys.executable, ROOT / "data.py", "--dataset=a text.txt", "--tokenizer=bpe300"]
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
@@ -404,20 +463,6 @@ def test_corpus_is_prepared_once(work, monkeypatch):
     cut = len(TEXT) * 4 // 5
     assert corpus.tokenizer.decode(corpus.train.tolist()) == TEXT[:cut] + data.SEPARATOR
     assert corpus.tokenizer.decode(corpus.val.tolist()) == TEXT[cut:] + data.SEPARATOR
-
-
-@pytest.mark.parametrize(
-    "pattern, message", [("*-val-*", "is damaged"), ("bpe300-*", "is not the tokenizer")]
-)
-def test_damaged_corpus_is_found(work, pattern, message):
-    """A file that is cut, empty or has one flipped bit is refused in a line."""
-    data.load_corpus("a text.txt", "bpe300")
-    path = next(Path("data").glob(f"*/{pattern}"))
-    content = path.read_bytes()
-    for damage in (content[:-2], content[:-1] + bytes([content[-1] ^ 1]), content[:50], b""):
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match=message):
-            data.load_corpus("a text.txt", "bpe300")
 
 
 def test_held_out_documents_are_not_trained_on():
@@ -432,63 +477,49 @@ def test_held_out_documents_are_not_trained_on():
 
 @pytest.mark.parametrize("windows", [data.random_windows, data.next_windows])
 def test_batches_depend_on_seed_and_step_alone(windows):
-    """Targets are the next tokens; another seed or step gives another batch."""
-    tokens = np.arange(1000, dtype=np.uint16)
-    batch = windows(tokens, 4, 10, 3, 5)
-    assert batch.shape == (4, 11) and ((batch[:, 1:] - batch[:, :-1]) % 1000 == 1).all()
-    assert torch.equal(batch, windows(tokens, 4, 10, 3, 5))
-    assert (batch != windows(tokens, 4, 10, 4, 5)).any() and (batch != windows(tokens, 4, 10, 3, 6)).any()
-
-
-def test_streams_continue():
-    """Each row goes on where it was, also at the end of the text; rows are at different places."""
-    batches = [data.next_windows(np.arange(1000), 4, 10, 3, step) for step in range(200)]
-    assert all(torch.equal(batch[:, -1], following[:, 0]) for batch, following in pairwise(batches))
+    """Targets are the next tokens; another seed or step gives another batch; streams go on in the next."""
+    batches = [windows(np.arange(1000), 4, 10, 3, step) for step in range(200)]
+    assert all(((batch[:, 1:] - batch[:, :-1]) % 1000 == 1).all() for batch in batches)
+    assert torch.equal(batches[5], windows(np.arange(1000), 4, 10, 3, 5))
+    assert (batches[5] != windows(np.arange(1000), 4, 10, 4, 5)).any() and (batches[5] != batches[6]).any()
+    go_on = [torch.equal(batch[:, -1], following[:, 0]) for batch, following in pairwise(batches)]
+    assert all(go_on) if windows is data.next_windows else not any(go_on)
     assert len(set(batches[0][:, 0].tolist())) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The initial states
+# Initial states, training, resuming
+
+SMALL = ["--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--seq_len=8", "--batch_size=4"]
+SMALL += ["--dataset=a text.txt", "--tokenizer=byte", "--device=cpu", "--log_every=2"]
 
 
-def initial_state(mode, **changes):
-    args = {"init_state": mode, "seed": 0, "noise_std": 0.3, "init_prob": 1.0} | changes
-    return train.InitialState(SimpleNamespace(**args), torch.device("cpu"), {})
+def initial_state(mode, *flags):
+    args = train.make_parser().parse_args([f"--init_state={mode}", *flags])
+    return train.InitialState(args, torch.device("cpu"), {})
 
 
 def test_noise_has_the_asked_standard_deviation():
     """noise: mean 0, standard deviation noise_std, another one each step; no noise for the convolution."""
-    model, init = tiny_model(), initial_state("noise")
+    model, init = tiny_model(), initial_state("noise", "--noise_std=0.3")
     state = init.draw(model, 64, 0)
     for conv, ssm in state:
-        assert abs(ssm.std() - 0.3) < 0.01 and abs(ssm.mean()) < 0.01
-        assert (conv == 0).all()
-    assert_close(init.draw(model, 64, 0), state, rtol=0, atol=0)
+        assert abs(ssm.std() - 0.3) < 0.01 and abs(ssm.mean()) < 0.01 and (conv == 0).all()
     assert (init.draw(model, 64, 1)[0][1] != state[0][1]).any()
-
-
-@pytest.mark.parametrize("mode", ["noise", "prev", "tbtt"])
-def test_init_prob_is_a_share_of_the_rows(mode):
-    """With init_prob 0.75 the first quarter of the rows starts from zero, and these only."""
-    model, init = tiny_model(), initial_state(mode, init_prob=0.75)
-    init.observe(model(random_ids(8, 16))[2])
-    for _, ssm in init.draw(model, 8, 1):
-        assert (ssm.abs().amax((1, 2, 3)) > 0).tolist() == [False] * 2 + [True] * 6
 
 
 @pytest.mark.parametrize("mode", ["prev", "tbtt"])
 def test_carried_states(mode):
-    """First zeros, then the final state of the step before, detached; zero takes none, tbtt also its conv."""
-    model, init, zero = tiny_model(), initial_state(mode), initial_state("zero")
-    assert all((ssm == 0).all() for _, ssm in init.draw(model, 2, 0))
-    _, _, final = model(random_ids(2, 16))
+    """First zeros, then the last final state, detached, in init_prob of the rows; in tbtt its conv too."""
+    model, init = tiny_model(), initial_state(mode, "--init_prob=0.75")
+    assert initial_state("zero").draw(model, 8, 0) is None
+    assert all((ssm == 0).all() for _, ssm in init.draw(model, 8, 0))
+    _, _, final = model(random_ids(8, 16))
     init.observe(final)
-    zero.observe(final)
-    assert zero.draw(model, 2, 1) is None
-    for (conv, ssm), (final_conv, final_ssm) in zip(init.draw(model, 2, 1), final, strict=True):
-        assert torch.equal(ssm, final_ssm)
-        assert not ssm.requires_grad and not conv.requires_grad
-        assert torch.equal(conv, final_conv) if mode == "tbtt" else (conv == 0).all()
+    for (conv, ssm), (final_conv, final_ssm) in zip(init.draw(model, 8, 1), final, strict=True):
+        assert (ssm[:2] == 0).all() and torch.equal(ssm[2:], final_ssm[2:]) and not ssm.requires_grad
+        expected = final_conv[2:] if mode == "tbtt" else 0 * final_conv[2:]
+        assert (conv[:2] == 0).all() and (conv[2:] == expected).all() and not conv.requires_grad
 
 
 def test_fitted_noise_has_the_moments_of_final_states():
@@ -506,22 +537,12 @@ def test_fitted_noise_has_the_moments_of_final_states():
         assert (conv == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training, resuming
-
-SIZES = {"d_model": 16, "n_layer": 2, "d_state": 8, "headdim": 8, "chunk": 8, "seq_len": 8, "batch_size": 4}
-SMALL = [f"--{name}={size}" for name, size in SIZES.items()]
-SMALL += ["--dataset=a text.txt", "--tokenizer=byte", "--device=cpu", "--log_every=2"]
-
-
 def exit_code(main, *flags):
-    """What a script would end with; what it says then is on stderr."""
+    """What a script would end with; a message stands for 1."""
     try:
         data.run_script(lambda: main([str(flag) for flag in flags]))
     except SystemExit as stop:
-        if isinstance(stop.code, str):  # as Python does in the end
-            print(stop.code, file=sys.stderr)
-        return 1 if isinstance(stop.code, str) else stop.code
+        return stop.code
     return 0
 
 
@@ -544,15 +565,15 @@ def assert_same_run(run, other):
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["zero", "noise", "fitted", "prev", "tbtt"])
 def test_resumed_run_equals_uninterrupted_one(work, mode, monkeypatch):
-    """Cut off in step 8, resumed from the checkpoint of step 6: in the end the same run, bit for bit."""
+    """A gradient that is not finite stops it; resumed from its last checkpoint it is the same bit for bit."""
     flags = [f"--init_state={mode}", "--init_prob=0.7", "--steps=12", "--save_every=3"]
     assert run_train(*flags, "--out=whole") == 0
     rate = train.learning_rate
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "learning_rate", lambda step, args: rate(step, args) if step < 7 else 1 / 0)
-        run_train(*flags, "--out=cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda *args: math.nan if args[0] == 6 else rate(*args))
+        assert "the gradient of step 7 is not finite" in run_train(*flags, "--out=cut")
     with open("cut/log.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # a line cut short
     assert run_train("--out=cut", "--resume") == 0
@@ -561,71 +582,59 @@ def test_resumed_run_equals_uninterrupted_one(work, mode, monkeypatch):
 
 
 def test_interrupted_at_any_moment(work):
-    """kill -9 and Ctrl-C at random moments, from the first import on: in the end the same run."""
-    flags = ["--init_state=tbtt", "--steps=600", "--save_every=20", "--tokenizer=bpe300", "--out=cut"]
-    command = [sys.executable, ROOT / "train.py", *SMALL, *flags]
+    """Ctrl-C and kill -9 during the imports, the preparation of the text and training: in the end the same."""
+    flags = ["--init_state=tbtt", "--steps=300", "--save_every=10", "--tokenizer=bpe300", "--out=cut"]
     draw = random.Random(0)
-    interrupted = 0
-    for i in range(6):
+    codes = set()
+    Path("cut").mkdir()
+    Path("cut/tokenizer.json").touch()  # what a kill before the first checkpoint may leave
+    Path("cut/.ckpt.pt.123").touch()
+    for i, lines in enumerate((0, 2, 8, 9, 30, 60)):  # that it prints before
         resume = ["--resume"] if Path("cut/ckpt.pt").exists() else []
-        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(draw.uniform(0.5, 9))
-        except subprocess.TimeoutExpired:
-            interrupted += 1
-            process.send_signal([signal.SIGKILL, signal.SIGINT][i % 2])
-            process.wait()
-    assert interrupted > 2  # else it was finished
+        command = [sys.executable, "-u", ROOT / "train.py", *SMALL, *flags, *resume]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for _ in range(lines):
+            process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.3))
+        process.send_signal([signal.SIGINT, signal.SIGKILL][i % 2])
+        process.communicate()
+        codes.add(process.returncode)
+    assert codes >= {130, -signal.SIGKILL} and 0 not in codes
     assert run_train(*flags, "--resume") == run_train(*flags, "--out=whole") == 0
     assert_same_run("cut", "whole")
 
 
-def test_killed_before_the_first_checkpoint(work):
-    """What a run that was killed at its start may leave does not keep the next one from starting."""
-    assert run_train("--steps=1", "--out=whole") == 0
-    Path("cut").mkdir()
-    shutil.copy("whole/tokenizer.json", "cut")
-    Path("cut/.ckpt.pt.123").write_bytes(b"half of it")
-    assert run_train("--steps=1", "--out=cut") == 0
-    assert_same_run("cut", "whole")
-
-
 def damaged(content, i):
-    """The i-th copy: one in four is cut, the others have one flipped bit, at a random place."""
-    draw = random.Random(i)
-    place = draw.randrange(len(content))
-    if i % 4 == 0:
-        return content[:place]
-    return content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :]
+    """The i-th copy: cut at a random place, or with one bit flipped there."""
+    place = random.Random(i).randrange(len(content))
+    flipped = bytes([content[place] ^ 1 << i % 8])
+    return content[:place] + (flipped + content[place + 1 :] if i % 4 else b"")
 
 
-@pytest.mark.parametrize("name", ["ckpt.pt", "tokenizer.json"])
-def test_damaged_files_are_found(work, name):
-    """Cut, or with one bit flipped: an error of one line, or the same content (the bit was padding)."""
-
-    def load():
-        model, checkpoint = load_run("out/prev")
-        tokenizer = data.load_tokenizer("out/prev", checkpoint["tokenizer_hash"])
-        return {**model.state_dict(), "n_vocab": tokenizer.n_vocab}
-
+@pytest.mark.parametrize("file", ["out/*/ckpt.pt", "out/*/tokenizer.json", "data/*/byte-*", "data/*/*-val-*"])
+def test_damaged_files_are_found(work, file):
+    """Cut, or with one bit flipped: an error of one line, or the same weights (the bit was padding)."""
     assert run_train("--init_state=prev", "--steps=1") == 0
-    good, expected = Path("out/prev", name).read_bytes(), load()
+    path = next(Path().glob(file))
+    good, expected = path.read_bytes(), load_run("out/prev")[0].state_dict()
     found = 0
-    for i in range(60):
-        Path("out/prev", name).write_bytes(damaged(good, i))
+    for i in range(40):
+        path.write_bytes(damaged(good, i))
         try:
-            assert_close(load(), expected, rtol=0, atol=0)
+            model, checkpoint = load_run("out/prev")
+            data.load_tokenizer("out/prev", checkpoint["tokenizer_hash"])
+            data.load_corpus("a text.txt", "byte")
+            assert_close(model.state_dict(), expected, rtol=0, atol=0)
         except ValueError as error:
             assert "\n" not in str(error)
             found += 1
-    assert found > 45
+    assert found > 30
 
 
 D = "backbone.layers.1.mixer.D"
 SPOILERS = [  # part of a checkpoint, what is done to it, what the error names
-    ("optimizer", lambda _: re.compile(""), "re._compile"),  # pickled as a call: a file must not run code
+    ("optimizer", lambda _: re.compile(""), "Weights only load"),  # pickled as a call: no file may run code
     ("model", lambda weights: {name: w for name, w in weights.items() if name != D}, D),
-    ("model", lambda weights: weights | {D + "x": weights[D]}, D + "x"),
     ("model", lambda weights: weights | {D: weights[D][:1]}, D),
     ("config", lambda config: config | {"headdim": 7}, "headdim"),
     ("tokenizer_hash", lambda _: "another", "tokenizer.json is not the tokenizer it should be"),
@@ -649,8 +658,7 @@ def test_full_disk_keeps_the_last_checkpoint(work):
     resource = pytest.importorskip("resource")  # not on Windows
     flags = ["--init_state=prev", "--steps=6", "--save_every=2"]
     assert run_train(*flags, "--out=whole") == 0
-    # The first checkpoint is smaller: it has no moments of Adam.
-    limit = int(0.9 * Path("whole/ckpt.pt").stat().st_size)
+    limit = int(0.9 * Path("whole/ckpt.pt").stat().st_size)  # the first is smaller: it has no moments of Adam
     options = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
     command = [sys.executable, ROOT / "train.py", *SMALL, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
@@ -673,33 +681,32 @@ def test_modes_differ_in_the_initial_state_only(work):
 
 
 def test_post_training_takes_over_the_architecture(work, capsys):
-    """--init_from: the other run's weights, architecture, T and tokenizer; that run stays as it is."""
-    assert run_train("--init_state=zero", "--steps=4") == 0
+    """--init_from: the other run's weights, sizes and tokenizer; that run stays as it is."""
+    assert run_train("--steps=4") == 0
     before = Path("out/zero/ckpt.pt").read_bytes()
-    assert exit_code(train.main, "--init_from=out/zero", "--init_state=prev", "--steps=2", "--lr=0") == 0
+    command = [train.main, "--init_from=out/zero", "--init_state=prev"]
+    assert exit_code(*command, "--steps=2", "--lr=0") == 0
     assert Path("out/zero/ckpt.pt").read_bytes() == before
     old, new = load_run("out/zero")[1], load_run("out/prev")[1]
     assert_close(new["model"], old["model"], rtol=0, atol=0)  # lr is 0
-    assert new["config"] == old["config"] and new["args"]["seq_len"] == 8 and new["args"]["init_prob"] == 0.2
-    for flag in ("--seq_len=16", "--tokenizer=bpe300", "--d_model=32"):
-        assert exit_code(train.main, "--init_from=out/zero", "--out=other", flag) == 2
-        assert f"{flag} contradicts" in capsys.readouterr().err
-        assert not Path("other").exists()
+    assert new["config"] == old["config"] and new["args"]["seq_len"] == old["args"]["seq_len"]
+    for name, value in {"tokenizer": "bpe300", "d_model": 32}.items():
+        assert exit_code(*command, "--out=other", f"--{name}={value}") == 2
+        assert f"--{name} " in capsys.readouterr().err and not Path("other").exists()
 
 
 @pytest.mark.parametrize("mode", ["fitted", "tbtt"])
 def test_two_processes_equal_one(work, mode, capsys):
     """2 x 2 rows by torchrun, killed and resumed, are the same as 1 x 4; one alone may not resume them."""
-    flags = [f"--init_state={mode}", "--init_prob=0.75", "--steps=40", "--lr=1e-4", "--dtype=float32"]
-    flags += ["--save_every=10"]
+    flags = [f"--init_state={mode}", "--init_prob=0.75", "--lr=1e-4", "--dtype=float32"]
+    flags += ["--steps=40", "--save_every=10"]
     assert run_train(*flags, "--out=one") == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch += [ROOT / "train.py", "--out=two"]
-    process = subprocess.Popen([*launch, *SMALL, *flags, "--batch_size=2"], stdout=subprocess.DEVNULL)
-    while process.poll() is None and not Path("two/log.jsonl").exists():
-        time.sleep(0.02)
+    process = subprocess.Popen([*launch, *SMALL, *flags, "--batch_size=2"], stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("held-out") for line in process.stdout)
     process.terminate()
-    process.wait()
+    process.communicate()
     assert exit_code(train.main, "--out=two", "--resume") == 2
     assert "trained by 2 processes" in capsys.readouterr().err
     subprocess.run([*launch, "--resume"], check=True, stdout=subprocess.DEVNULL)
@@ -707,28 +714,13 @@ def test_two_processes_equal_one(work, mode, capsys):
     assert one["tokens"] == two["tokens"] == 40 * 4 * 8
     assert_close(two["model"], one["model"], atol=1e-5, rtol=1e-4)
     assert_close(two["memory"], one["memory"], atol=1e-4, rtol=1e-3)
-    for row_one, row_two in zip(read_jsonl("one/log.jsonl"), read_jsonl("two/log.jsonl"), strict=True):
-        assert abs(row_one["loss"] - row_two["loss"]) < 1e-4
-
-
-def test_gradient_that_is_not_finite_stops(work, monkeypatch, capsys):
-    """Exit code 1 and one line; the last checkpoint is good, and the run goes on from it."""
-    flags = ["--init_state=prev", "--steps=8", "--save_every=2"]
-    assert run_train(*flags, "--out=whole") == 0
-    rate = train.learning_rate
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", lambda *args: math.nan if args[0] == 4 else rate(*args))
-        assert run_train(*flags, "--out=bad") == 1
-    error = capsys.readouterr().err
-    assert "step 5 is not finite" in error and error.count("\n") == 1
-    assert run_train("--out=bad", "--resume") == 0
-    assert_same_run("bad", "whole")
+    losses = [[row["loss"] for row in read_jsonl(f"{run}/log.jsonl")] for run in ("one", "two")]
+    np.testing.assert_allclose(*losses, atol=1e-4)
 
 
 BAD_FLAGS = [
-    ("--steps=0", "argument --steps"), ("--lr=nan", "argument --lr"), ("--seq_len=7", "even"),
-    ("--init_prob=1.5", "argument --init_prob"), ("--init_state=last", "argument --init_state"),
-    ("--stepz=5", "--stepz"), ("--headdim=5", "headdim"), ("--chunk=24", "chunk"),
+    ("--steps=0", "argument --steps"), ("--init_prob=1.5", "argument --init_prob"), ("--stepz=5", "--stepz"),
+    ("--init_state=last", "argument --init_state"), ("--headdim=5", "headdim"), ("--seq_len=7", "even"),
     ("--A_init_range 5 1", "A_init_range"), ("--seq_len=20000", "less than two windows"),
     ("--dataset=missing.txt", "no such file"), ("--tokenizer=bpe", "--tokenizer=bpe"),
     ("--device=cuda:77", "--device=cuda:77"), ("--backend=triton", "'triton' does not work here"),
@@ -737,13 +729,18 @@ BAD_FLAGS = [
     ("eval one other", "different tokenizers"), ("eval one --max_len=4", "less than T = 8"),
     ("eval one --max_len=100000", "would"), ("eval one --dataset=missing.txt", "no such file"),
     ("eval one nowhere", "nowhere holds no checkpoint"), ("eval one --out=full/thesis.txt", "no folder"),
-    ("eval one --backend=triton", "'triton' does not work here"),
+    ("eval one --max_len=64 --backend=triton", "'triton' does not work here"),
+    ("eval one --seed=-1", "--seed"),
 ]  # fmt: skip
+NUMBERS = [action.option_strings[0] for action in train.make_parser()._actions if action.type]
+NUMBERS += ["eval one --max_len", "eval one --max_len=64 --sequences"]
+for flag, value in itertools.product(NUMBERS, ("-1", "nan", "inf", "ten", "1" + 30 * "0")):
+    BAD_FLAGS.append((f"{flag} {value} 1" if flag == "--A_init_range" else f"{flag}={value}", "error"))
 
 
 def test_bad_flags_are_exit_code_2_and_touch_nothing(work, capsys):
-    """A message names what is wrong, and no file is made or changed."""
-    assert run_train("--steps=1", "--out=one") == 0
+    """A message names what is wrong, such as a number that makes no sense; no file is made or changed."""
+    assert len(NUMBERS) > 12 and run_train("--steps=1", "--out=one") == 0
     assert run_train("--steps=1", "--out=other", "--tokenizer=bpe300") == 0
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("mine")
@@ -754,111 +751,6 @@ def test_bad_flags_are_exit_code_2_and_touch_nothing(work, capsys):
         assert run(*flags) == 2, flags
         assert message in capsys.readouterr().err
         assert sorted(Path().rglob("*")) == before, flags
-
-
-def test_every_number_refuses_nonsense(work):
-    """Each numeric flag of both scripts, at -1, nan, inf, a word and 10^30: exit code 2."""
-    nonsense = ("-1", "nan", "inf", "ten", "1" + 30 * "0")
-    flags = [action.option_strings[0] for action in train.make_parser()._actions if action.type]
-    assert len(flags) > 12
-    for flag, value in itertools.product(flags, nonsense):
-        values = [value, "1"] if flag == "--A_init_range" else [value]
-        assert run_train(flag, *values) == 2, (flag, value)
-    assert run_train("--steps=1") == 0
-    for flag, value in [("--seed", "-1"), *itertools.product(("--max_len", "--sequences"), nonsense)]:
-        assert run_eval("out/zero", "--max_len=64", f"{flag}={value}") == 2, (flag, value)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Official checkpoints and tokenizers, made up here in the same formats
-
-
-def official_model():
-    torch.manual_seed(0)
-    return Mamba2LM(Mamba2Config(304, d_model=32, n_layer=2, d_state=16, headdim=16))
-
-
-@pytest.fixture
-def official(tmp_path):
-    """-> function that writes official_model as mamba_ssm does, with a tokenizer like GPT-NeoX's."""
-    bpe = pytest.importorskip("tokenizers").ByteLevelBPETokenizer(unicode_normalizer="nfc")
-    code = ["def hello(world):\n    return world\n" * 9]
-    bpe.train_from_iterator(code, 300, special_tokens=[data.SEPARATOR], show_progress=False)
-    bpe.add_tokens(["  ", "    "])
-
-    def write(ssm_cfg=(), **changes):
-        folder = tmp_path / "official model \u00e9"
-        folder.mkdir(exist_ok=True)
-        layer = {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 256} | dict(ssm_cfg)
-        fields = {"d_model": 32, "d_intermediate": 0, "n_layer": 2, "vocab_size": 300, "ssm_cfg": layer}
-        fields |= {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True}
-        fields |= {"fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
-        (folder / "config.json").write_text(json.dumps(fields | changes))
-        (folder / "tokenizer.json").write_text(bpe.to_str())
-        torch.save(official_model().half().state_dict(), folder / "pytorch_model.bin")
-        return folder
-
-    return write
-
-
-def test_official_folder_is_read(official):
-    """All weights of a mamba_ssm folder in float16 come as float32; a pickle that could run code does not."""
-    folder = official()
-    model, checkpoint = load_run(folder)
-    assert_close(model.state_dict(), official_model().half().float().state_dict(), rtol=0, atol=0)
-    assert checkpoint["args"]["seq_len"] == 2048
-    torch.save({"backbone": os.system}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        load_run(folder)
-
-
-OTHER_MODEL = {"attn_layer_idx": [1], "d_intermediate": 64, "rms_norm": False}
-OTHER_LAYER = {"layer": "Mamba1", "ngroups": 2, "norm_before_gate": True, "D_has_hdim": True}
-
-
-@pytest.mark.parametrize("name, value", [*OTHER_MODEL.items(), *OTHER_LAYER.items()])
-def test_official_folder_of_another_architecture_is_refused_by_name(official, name, value):
-    """What is not implemented here is not ignored."""
-    folder = official(**{name: value}) if name in OTHER_MODEL else official({name: value})
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value} is not implemented")):
-        load_run(folder)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tied, l", [(True, 37), (False, 50), (True, 1)])
-def test_transformers_computes_the_same(tied, l, tmp_path):
-    """Our weights there, theirs here: the same logits, after a text and going on from the state it left."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"d_model": 32, "n_layer": 2, "d_state": 16, "headdim": 16, "tie_embeddings": tied}
-    ours = Mamba2LM(Mamba2Config(61, **sizes)).eval()
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16, "head_dim": 16}
-    sizes |= {"num_heads": 4, "n_groups": 1, "chunk_size": 8, "tie_word_embeddings": tied}
-    config = transformers.Mamba2Config(**sizes)
-    theirs = transformers.Mamba2ForCausalLM(config).eval()
-    weights = ours.state_dict().items()
-    theirs.load_state_dict({name.replace("embedding.", "embeddings."): w for name, w in weights})
-    idx, more = random_ids(2, l), random_ids(2, 1, seed=1)
-    logits, _, state = ours(idx)
-    expected = theirs(idx, use_cache=True)
-    assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
-    next_logits = theirs(more, cache_params=expected.cache_params).logits
-    assert_close(ours(more, state=state)[0], next_logits, atol=1e-4, rtol=1e-4)
-    theirs.save_pretrained(tmp_path)
-    assert torch.equal(load_run(tmp_path)[0](idx)[0], logits)
-
-
-def test_hugging_face_tokenizer_gives_the_same_ids(official):
-    """The library's own, NFC and runs of spaces included; the text of a separator is no separator."""
-    from tokenizers import Tokenizer
-
-    file = official() / "tokenizer.json"
-    ours, theirs = data.load_tokenizer(file), Tokenizer.from_file(str(file))
-    for text in ("def  hello(cafe\u0301):\n        return\t1\n", "   ", "日本 \U0001f600 a<b", ""):
-        ids = ours.encode_ordinary(text)
-        assert ids == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.decode(ids) == unicodedata.normalize("NFC", text)
-    assert ours.encode_single_token(data.SEPARATOR) not in ours.encode_ordinary(data.SEPARATOR)
-    assert data.tokenizer_json(ours) == file.read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -885,9 +777,8 @@ def test_evaluation_equals_brute_force(monkeypatch, at_once):
     rows = eval_long.evaluate(model, tokens, starts, length, T, NO_BAR)
     assert [(row["from"], row["to"]) for row in rows] == [(4, 8), (8, 16), (16, 32), (32, 64), (64, 100)]
     for row in rows:
-        span = slice(row["from"], row["to"])
-        nll = full[:, span].mean(1)
-        excess = (full - restarted)[:, span].mean(1)
+        nll, other = [losses[:, row["from"] : row["to"]].mean(1) for losses in (full, restarted)]
+        excess = nll - other
         expected = nll.mean(), nll.std() / 3**0.5, excess.mean(), excess.std() / 3**0.5, window_loss
         found = [row[name] for name in ("nll", "nll_se", "excess", "excess_se", "window_loss")]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -932,9 +823,10 @@ def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
     assert run_eval(*command) == 0 and read_jsonl("ev/results.jsonl") == rows
 
 
-def test_denormal_numbers_cost_nothing():
-    """Products below 1e-38, which take a CPU 10 times as long, are zero, in all threads."""
-    code = "import torch, model; torch.set_num_threads(2); model.choose_device('cpu');"
+def test_denormal_numbers_cost_nothing(tmp_path):
+    """Products below 1e-38, which take a CPU 10 times as long, are zero: in post-training, in all threads."""
+    code = "import torch, train; torch.set_num_threads(2);"
+    code += f"train.parse(['--init_from=results/base', '--out={tmp_path}']); train.choose_device('cpu');"
     code += "print((torch.full((10**6,), 1e-30) * 1e-10).count_nonzero().item())"
     assert run_python("-c", code) == "0\n"
 
@@ -962,10 +854,11 @@ MAINS = {"train": train, "eval_long": eval_long}
 
 
 def commands_in(text):
-    """(script, flags) of each command of train.py and eval_long.py that stands in a code block."""
-    found = re.findall(r"^ *(?:[^`\n]*&& *)?python (train|eval_long)\.py\b(.*)", text, flags=re.MULTILINE)
-    # An explanation may follow, after # or some spaces.
-    return [(script, shlex.split(re.split(r" {3,}|&|\|", rest)[0], comments=True)) for script, rest in found]
+    """(script, flags) of each command of train.py and eval_long.py in a code block."""
+    launch = r"(?:python|torchrun --nproc_per_node=\d+)"
+    found = re.findall(rf"^ *(?:[^`\n]*&& *)?{launch} (train|eval_long)\.py\b(.*)", text, re.MULTILINE)
+    commands = [(script, re.split(" {3,}|[#&|]", rest)[0].split()) for script, rest in found]
+    return [(script, flags) for script, flags in commands if flags != ["--help"]]
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval_long.py", "data.py"])
@@ -980,8 +873,7 @@ def test_commands_and_flags_in_the_texts_exist():
     commands = commands_in(README + "\n" + train.__doc__ + eval_long.__doc__)
     assert len(commands) > 8
     for script, flags in commands:
-        if flags != ["--help"]:
-            MAINS[script].make_parser().parse_args(flags)
+        MAINS[script].make_parser().parse_args(flags)
     known = [*train.make_parser()._option_string_actions, *eval_long.make_parser()._option_string_actions]
     assert set(re.findall(r"`(--\w+)", README)) <= set(known)
 
@@ -993,15 +885,12 @@ def test_commands_in_the_readme_run(work, official, monkeypatch):
     shutil.copytree(ROOT / "results/base", "results/base")
     official().rename("mamba2-130m")
     for script, flags in commands_in(README):
-        given = {flag.partition("=")[0] for flag in flags}
+        more = ["--steps=2"]
         if script == "eval_long":
             more = ["--max_len=2048", "--sequences=1"]
-        elif "--resume" in given:
-            more = []
-        else:
-            more = ["--batch_size=4", "--steps=2"] if "--init_from" in given else [*SMALL, "--steps=2"]
-        if "--help" not in given:
-            assert exit_code(MAINS[script].main, *flags, *more) == 0, flags
+        elif not {"--resume", "--init_from"} & {flag.partition("=")[0] for flag in flags}:
+            more += SMALL
+        assert exit_code(MAINS[script].main, *flags, *more) == 0, flags
     assert Path("out/eval/excess.png").exists()
 
 
@@ -1010,8 +899,6 @@ def test_base_run_is_small_and_cannot_be_resumed(capsys):
     folder = ROOT / "results/base"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 2**20
     model, checkpoint = load_run(folder)
-    assert checkpoint["args"]["seq_len"] == 32
-    assert sum(p.numel() for p in model.parameters()) < 500_000
     data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
     assert exit_code(train.main, f"--out={folder}", "--resume") == 2
     error = capsys.readouterr().err

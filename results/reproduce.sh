@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores get in each other's way
 folder=out/evidence bases=2000 steps=500 seeds="2 3 4 5 6 7" length=131072
-stages="${*:-headline forgetting origin sensitivity corpora past dose}"
+stages="${*:-headline forgetting sensitivity past corpora origin dose}"
 if [ "$stages" = --quick ]; then
     folder=out/quick bases=1000 steps=300 seeds=2 length=16384 stages=headline
 fi
