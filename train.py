@@ -52,15 +52,9 @@ PRESETS = {
     "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 20M, for a GPU
 }
 POST_TRAINING = {"steps": 500, "lr": 3e-3, "init_prob": 0.1}  # with --init_from
-MODEL = (
-    "d_model",
-    "n_layer",
-    "d_state",
-    "headdim",
-    "A_init",
-    "A_init_range",
-)  # flags that Mamba2Config takes
-MACHINE = ("out", "resume", "device", "backend", "compile")  # flags that may differ when a run is resumed
+# Flags that Mamba2Config takes; flags that may differ when a run is resumed.
+MODEL = ("d_model", "n_layer", "d_state", "headdim", "A_init", "A_init_range")
+MACHINE = ("out", "resume", "device", "backend", "compile")
 
 
 def make_parser():
@@ -135,11 +129,8 @@ def parse(argv):
         if getattr(args, name) != value:
             raise ValueError(f"--{name} should be as in the run to start from, {value}: leave it out")
     data.check_can_write(out)
-    files = [path.name for path in Path(out).glob("*")]
-    if not args.resume and files not in (
-        [],
-        ["tokenizer.json"],
-    ):  # (a run killed before its first checkpoint)
+    files = {path.name for path in Path(out).glob("*")} - {"tokenizer.json"}  # of a run that had hardly begun
+    if files and not args.resume:
         raise ValueError(f"{out} is not empty: go on with its run by --resume, or choose another --out")
     if args.seq_len % 2:
         raise ValueError(f"--seq_len={args.seq_len} should be even: evaluation works with halves of it")
@@ -429,9 +420,7 @@ def main(argv=None):
     tokens_per_step = WORLD * args.batch_size * args.seq_len
     print(f"model      {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"device     {device}, matrix products in {args.dtype}")
-    print(
-        f"training   {args.init_state}, T = {args.seq_len}, {args.steps:,} steps of {tokens_per_step:,} tokens"
-    )
+    print(f"training   {args.init_state}, T = {args.seq_len}, {args.steps} x {tokens_per_step:,} tokens")
 
     # Where to begin.
     step, memory = restore(checkpoint, args, corpus, optimizer, device) if args.resume else (0, {})
