@@ -189,6 +189,7 @@ def make_parser():
 
 def main(argv=None):
     # Everything that can be wrong with the arguments, before any work.
+    torch.set_flush_denormal(True)  # as in train.py
     args = make_parser().parse_args(argv)
     data.check_can_write(args.out)
     device = choose_device(args.device)

@@ -339,7 +339,6 @@ def choose_device(name):
     """auto (CUDA, Apple's MPS or the CPU), cpu, cuda:1, ... -> torch.device. ValueError if it is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    torch.set_flush_denormal(True)  # on a CPU, products of decays below 1e-38 would take many times longer
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -233,7 +233,7 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
         H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     # which tile am I (one "chunk" here: a whole row of the batch)
-    tile, head, batch, _, _ = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
+    tile, head, batch, rows, inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
     cols_u = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
     cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
     offs_state = cols_u[:, None] * N_ALL + cols_n[None, :]  # [P, N]
@@ -323,7 +323,7 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
 def addresses_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_ptr, dB_ptr, dC_ptr, l,
         chunks, H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    tile, _, chunk, rows, inside = _where_am_i(l, chunks, 1, N_ALL // N, Q)
+    tile, _head, chunk, rows, inside = _where_am_i(l, chunks, 1, N_ALL // N, Q)
     cols_n = tile * N + tl.arange(0, N)  # [N]
     # inside the chunk: E, summed over heads and tiles of p, then one product for all of them
     E = tl.zeros((Q, Q), tl.float32)

@@ -114,16 +114,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("scan", SCANS)
-@pytest.mark.parametrize("dtype", LIMITS)
+# The interpreter cannot do bfloat16: on a CPU, float16 stands for it, the same code with another type.
+ones = torch.ones(1, 1, 1, 16, device=DEVICE)
+RUNS = [(ssd_chunked, dtype) for dtype in LIMITS]
+RUNS += [(ssd_triton, dtype) for dtype in LIMITS if not scan_kernel.why_not_triton(ones.to(dtype), ones[0])]
+
+
+@pytest.mark.parametrize("scan, dtype", RUNS)
 @pytest.mark.parametrize("l, chunk, loss, sizes", CASES)
 def test_scan_equals_loop(scan, dtype, l, chunk, loss, sizes):
     """At any length, chunk and tile; with and without an initial state; from a loss on any of the results."""
-    inputs = inputs_for(l, dtype, **sizes)
-    # The interpreter cannot do bfloat16: on a CPU, float16 stands for it, the same code with another type.
-    if scan.func is ssd_triton and scan_kernel.why_not_triton(inputs[0], inputs[2]):
-        pytest.skip(scan_kernel.why_not_triton(inputs[0], inputs[2]))
-    check_scan(partial(scan, chunk=chunk), inputs, LIMITS[dtype], loss)
+    check_scan(partial(scan, chunk=chunk), inputs_for(l, dtype, **sizes), LIMITS[dtype], loss)
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -152,8 +153,7 @@ def test_extreme_decays_stay_finite(scan, a):
     """Heads that forget within a token, or never, make neither NaN nor infinity, forward or backward."""
     u, decays, B, C, S = inputs_for(130)
     inputs = u, torch.full_like(decays, a), B, C, S
-    found = with_gradients(scan, inputs)
-    assert all(torch.isfinite(t).all() for t in found)
+    assert all(torch.isfinite(t).all() for t in with_gradients(scan, inputs))
     if a > -1:  # else a' is a small difference of large sums
         check_scan(scan, inputs, 1e-4)
 
@@ -218,20 +218,18 @@ def last_row_far_away():
 
 
 @needs_triton
-@pytest.mark.skipif(DEVICE == "cuda", reason="runs one program in the interpreter")
 def test_triton_offsets_past_2_31_elements():
-    """A row more than 2^31 elements from the first: the same bits as alone. (Or else the process may crash.)"""
+    """A row more than 2^31 elements from the first: the same bits as alone. (A wrong offset may crash.)"""
     assert run_python("-c", "import test_all; test_all.last_row_far_away()") == "True\n"
 
 
 @needs_triton
 def test_kernels_compile_for_gpus_that_are_not_here():
     """No spills in bf16 on sm_80 and sm_90, products of bf16 on tensor cores and of float32 exact."""
-    command = "results/kernel_report.py --compile --shapes small --targets sm_80 sm_90 gfx942"
-    rows = json.loads(run_python(*command.split()).splitlines()[-1])["kernels"]
+    command = "--compile --shapes small --dtypes bf16 fp32 --targets sm_80 sm_90 gfx942"
+    rows = json.loads(run_python("results/kernel_report.py", *command.split()).splitlines()[-1])["kernels"]
     built = {(row["kernel"].split()[0], row["dtype"], row["target"]) for row in rows}
-    targets = ("sm_80", "sm_90", "gfx942")
-    assert built >= set(itertools.product(scan_kernel.SETTINGS, ("bf16", "fp32"), targets))
+    assert built >= set(itertools.product(scan_kernel.SETTINGS, ("bf16", "fp32"), command.split()[-3:]))
     for row in rows:
         assert row["shared"] <= (65536 if row["target"] == "gfx942" else 101376), row  # of consumer GPUs
         assert row["dtype"] != "fp32" or row["tf32"] == 0, row
@@ -338,8 +336,7 @@ def official(tmp_path):
         folder.mkdir(exist_ok=True)
         layer = {"layer": "Mamba2", "d_state": 16, "headdim": 16, "chunk_size": 256} | dict(ssm_cfg)
         fields = {"d_model": 32, "d_intermediate": 0, "n_layer": 2, "vocab_size": 300, "ssm_cfg": layer}
-        fields |= {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "residual_in_fp32": True}
-        fields |= {"fused_add_norm": True, "pad_vocab_size_multiple": 16, "tie_embeddings": True}
+        fields |= {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "pad_vocab_size_multiple": 16}
         (folder / "config.json").write_text(json.dumps(fields | changes))
         (folder / "tokenizer.json").write_text(bpe.to_str())
         torch.save(model.half().state_dict(), folder / "pytorch_model.bin")
@@ -454,7 +451,8 @@ def test_bpe_merges_the_most_frequent_pair():
 
 def test_corpus_is_prepared_once(work, monkeypatch):
     """Two processes at once leave whole files and nothing else; they are used from then on."""
-    command = [sys.executable, ROOT / "data.py", "--dataset=a text.txt", "--tokenizer=bpe300"]
+    command = [sys.executable, "-c", "import data; data.load_corpus('a text.txt', 'bpe300')"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(list(Path("data").glob("*/*"))) == 3
@@ -469,8 +467,7 @@ def test_held_out_documents_are_not_trained_on():
     """A fifth of the files of a folder, whichever order they come in; of a single file, its end."""
     documents = {f"{i}.txt": f"text {i}" for i in range(50)}
     train_texts, val_texts = data.split_documents(documents)
-    assert len(val_texts) == 10
-    assert sorted(train_texts + val_texts) == sorted(documents.values())
+    assert len(val_texts) == 10 and sorted(train_texts + val_texts) == sorted(documents.values())
     assert data.split_documents(dict(reversed(documents.items())))[1][::-1] == val_texts
     assert data.split_documents({"a": "0123456789"}) == (["01234567"], ["89"])
 
@@ -533,8 +530,7 @@ def test_fitted_noise_has_the_moments_of_final_states():
         made = drawn.transpose(0, 1).flatten(1)  # (h, all numbers)
         seen = ssm.detach().transpose(0, 1).flatten(1)
         assert_close(made.std(1), seen.std(1), rtol=0.05, atol=0)
-        assert ((made.mean(1) - seen.mean(1)).abs() < 0.05 * seen.std(1)).all()
-        assert (conv == 0).all()
+        assert ((made.mean(1) - seen.mean(1)).abs() < 0.05 * seen.std(1)).all() and (conv == 0).all()
 
 
 def exit_code(main, *flags):
@@ -582,9 +578,8 @@ def test_resumed_run_equals_uninterrupted_one(work, mode, monkeypatch):
 
 
 def test_interrupted_at_any_moment(work):
-    """Ctrl-C and kill -9 during the imports, the preparation of the text and training: in the end the same."""
+    """Ctrl-C and kill -9, from the first import on: the next call goes on; in the end it is the same run."""
     flags = ["--init_state=tbtt", "--steps=300", "--save_every=10", "--tokenizer=bpe300", "--out=cut"]
-    draw = random.Random(0)
     codes = set()
     Path("cut").mkdir()
     Path("cut/tokenizer.json").touch()  # what a kill before the first checkpoint may leave
@@ -595,11 +590,11 @@ def test_interrupted_at_any_moment(work):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for _ in range(lines):
             process.stdout.readline()
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(random.uniform(0, 0.3))
         process.send_signal([signal.SIGINT, signal.SIGKILL][i % 2])
         process.communicate()
         codes.add(process.returncode)
-    assert codes >= {130, -signal.SIGKILL} and 0 not in codes
+    assert codes >= {130, -signal.SIGKILL} and not codes & {0, 2}
     assert run_train(*flags, "--resume") == run_train(*flags, "--out=whole") == 0
     assert_same_run("cut", "whole")
 
@@ -611,7 +606,7 @@ def damaged(content, i):
     return content[:place] + (flipped + content[place + 1 :] if i % 4 else b"")
 
 
-@pytest.mark.parametrize("file", ["out/*/ckpt.pt", "out/*/tokenizer.json", "data/*/byte-*", "data/*/*-val-*"])
+@pytest.mark.parametrize("file", ["out/*/ckpt.pt", "out/*/tokenizer.json", "data/*/*-val-*.npy"])
 def test_damaged_files_are_found(work, file):
     """Cut, or with one bit flipped: an error of one line, or the same weights (the bit was padding)."""
     assert run_train("--init_state=prev", "--steps=1") == 0
@@ -727,10 +722,8 @@ BAD_FLAGS = [
     ("--init_from=nowhere", "nowhere holds no checkpoint"), ("--resume", "out/zero holds no checkpoint"),
     ("--out=full", "not empty"), ("--out=full/thesis.txt/run", "no folder to write in"),
     ("eval one other", "different tokenizers"), ("eval one --max_len=4", "less than T = 8"),
-    ("eval one --max_len=100000", "would"), ("eval one --dataset=missing.txt", "no such file"),
-    ("eval one nowhere", "nowhere holds no checkpoint"), ("eval one --out=full/thesis.txt", "no folder"),
-    ("eval one --max_len=64 --backend=triton", "'triton' does not work here"),
-    ("eval one --seed=-1", "--seed"),
+    ("eval one --max_len=100000", "would"), ("eval one --out=full/thesis.txt", "no folder to write in"),
+    ("eval one nowhere", "nowhere holds no"), ("eval one --max_len=64 --backend=triton", "does not work"),
 ]  # fmt: skip
 NUMBERS = [action.option_strings[0] for action in train.make_parser()._actions if action.type]
 NUMBERS += ["eval one --max_len", "eval one --max_len=64 --sequences"]
@@ -791,17 +784,15 @@ def test_sequences_do_not_overlap(sequences, length):
     """The texts are apart, inside the tokens, the same for the same seed; an error says what would fit."""
     tokens = np.zeros(1000)
     starts = eval_long.choose_starts(tokens, length, sequences)
-    assert (np.diff(starts) > length).all()
-    assert starts[0] >= 0 and starts[-1] + length < 1000
+    assert (np.diff(starts) > length).all() and starts[0] >= 0 and starts[-1] + length < 1000
     assert (starts == eval_long.choose_starts(tokens, length, sequences)).all()
-    with pytest.raises(ValueError, match="of 249 would"):
+    with pytest.raises(ValueError, match="=249 would"):
         eval_long.choose_starts(np.zeros(1000), 250, 4)
 
 
 def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
     """A table, results.jsonl and a figure; Ctrl-C keeps what is finished; nothing is computed twice."""
-    for mode in ("zero", "prev"):
-        assert run_train(f"--init_state={mode}", "--steps=2") == 0
+    assert run_train("--init_state=zero", "--steps=2") == run_train("--init_state=prev", "--steps=2") == 0
     command = ["out/zero", "out/prev", "--max_len=512", "--sequences=4", "--out=ev"]
     evaluate = eval_long.evaluate
 
@@ -861,7 +852,7 @@ def commands_in(text):
     return [(script, flags) for script, flags in commands if flags != ["--help"]]
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval_long.py", "data.py"])
+@pytest.mark.parametrize("script", ["train.py", "eval_long.py"])
 def test_help_works_anywhere(script, tmp_path):
     """--help needs no data and no GPU, and makes no file."""
     assert "--dataset" in run_python(ROOT / script, "--help", folder=tmp_path)
@@ -885,7 +876,7 @@ def test_commands_in_the_readme_run(work, official, monkeypatch):
     shutil.copytree(ROOT / "results/base", "results/base")
     official().rename("mamba2-130m")
     for script, flags in commands_in(README):
-        more = ["--steps=2"]
+        more = ["--steps=2", "--seq_len=8"]
         if script == "eval_long":
             more = ["--max_len=2048", "--sequences=1"]
         elif not {"--resume", "--init_from"} & {flag.partition("=")[0] for flag in flags}:

@@ -129,7 +129,8 @@ def parse(argv):
         if getattr(args, name) != value:
             raise ValueError(f"--{name} should be as in the run to start from, {value}: leave it out")
     data.check_can_write(out)
-    files = {path.name for path in Path(out).glob("*")} - {"tokenizer.json"}  # of a run that had hardly begun
+    # (A run that was killed before its first checkpoint has left a tokenizer, and a hidden temporary file.)
+    files = {path.name for path in Path(out).glob("[!.]*")} - {"tokenizer.json"}
     if files and not args.resume:
         raise ValueError(f"{out} is not empty: go on with its run by --resume, or choose another --out")
     if args.seq_len % 2:
@@ -395,6 +396,9 @@ def write_log(args, row, bar):
 
 def main(argv=None):
     # What to train, and on what.
+    torch.set_flush_denormal(
+        True
+    )  # products of many decays: below 1e-38 they would take a CPU ten times longer
     args, model, checkpoint = parse(argv)
     join_processes()
     device = choose_device(args.device)
@@ -412,6 +416,7 @@ def main(argv=None):
         model = Mamba2LM(Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **sizes))
     model.config.backend = None if args.backend == "auto" else args.backend
     model.to(device).train()
+    model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # a backend that fails does so now
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         compile_layers(model, device)
     net = model if WORLD == 1 else DistributedDataParallel(model)

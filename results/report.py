@@ -98,6 +98,11 @@ class Results:
     def per_seed(self, arm, name, t=FAR, seeds=SEEDS):
         return [self.at(f"{arm}-{seed}", name, t) for seed in seeds if f"{arm}-{seed}" in self.curves]
 
+    def numbers(self, run):
+        """Excess, NLL and window loss of a run, as cells of a table."""
+        styles = (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))
+        return [f"{self.at(run, name):{style}}" for name, style in styles]
+
     def T(self):
         return self.curves[f"base-{SEEDS[0]}"][0]["seq_len"]
 
@@ -196,18 +201,15 @@ def surgery_table(results):
 def late_table(results):
     rows = []
     for arm, label in LABELS.items():
-        cells = [label]
-        for whose in ("own", "base"):
-            costs = []
-            for seed in SEEDS:
-                found = {row["state_of"].split("-")[0]: row["nll"] for row in
-                         results.measures.get(("late_state", f"{arm}-{seed}"), [])}  # fmt: skip
-                if found:
-                    costs.append(found[whose] - found["zero"])
-            if costs:
-                cells.append(spread(costs))
-        if len(cells) == 3:
-            rows.append(cells)
+        costs = {"own": [], "base": []}
+        for seed in SEEDS:
+            losses = {}
+            for row in results.measures.get(("late_state", f"{arm}-{seed}"), []):
+                losses[row["state_of"].split("-")[0]] = row["nll"]
+            for whose in costs if losses else ():
+                costs[whose].append(losses[whose] - losses["zero"])
+        if costs["own"]:
+            rows.append([label, spread(costs["own"]), spread(costs["base"])])
     return table(["", "from its own late state", "from the base's late state"], rows)
 
 
@@ -246,15 +248,17 @@ def origin_table(results):
     names = {"low0.01": "0.01 to 16 (ours)", "low0.1": "0.1 to 16", "low1": "1 to 16", "official": "official"}
     for arm, label in names.items():
         for seed in (0, 1):
-            run = f"{arm}-{seed}"
-            numbers = [f"{results.at(run, name):{style}}" for name, style in
-                       (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))]  # fmt: skip
-            rows.append([label, str(seed), *numbers])
+            if f"{arm}-{seed}" in results.curves:
+                rows.append([label, str(seed), *results.numbers(f"{arm}-{seed}")])
     if "official5000" in results.curves:
-        numbers = [f"{results.at('official5000', name):{style}}" for name, style in
-                   (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))]  # fmt: skip
-        rows.append(["official, 5,000 steps", "0", *numbers])
+        rows.append(["official, 5,000 steps", "0", *results.numbers("official5000")])
     return table(["-A at the start", "seed", f"excess at {FAR:,}", "NLL there", "window loss"], rows)
+
+
+def wrong_losses(results, arm, seed):
+    """{(start, with conv inputs, first token): loss} of a run"""
+    rows = results.measures.get(("wrong_state", f"{arm}-{seed}"), [])
+    return {(row["start"], row["conv"], row["from"]): row["nll"] for row in rows}
 
 
 def wrong_table(results):
@@ -262,57 +266,35 @@ def wrong_table(results):
     T = results.T()
     spans = ((0, 8), (8, 32), (32, T), (T, 2 * T), (2 * T, 4 * T))
     rows = []
-    for arm in ("base", "zero", "cap", "prev", "tbtt"):
-        for start in ("noise", "foreign", "foreign+separator", "true"):
-            for conv in (False, True):
-                cells = [LABELS[arm], start, "with" if conv else "without"]
-                for begin, end in spans:
-                    costs = []
-                    for seed in SEEDS:
-                        found = {(row["start"], row["conv"], row["from"]): row["nll"] for row in
-                                 results.measures.get(("wrong_state", f"{arm}-{seed}"), [])}  # fmt: skip
-                        if found:
-                            costs.append(found[start, conv, begin] - found["zero", conv, begin])
-                    if costs:
-                        cells.append(f"{statistics.median(costs):+.3f}")
-                if len(cells) > 3:
-                    rows.append(cells)
-    head = ["", "ssm", "conv inputs", *(f"{begin + 1}-{end}" for begin, end in spans)]
-    return table(head, rows)
+    starts = ("noise", "foreign", "foreign+separator", "true")
+    for arm, start, conv in itertools.product(("base", "zero", "cap", "prev", "tbtt"), starts, (False, True)):
+        losses = [wrong_losses(results, arm, seed) for seed in SEEDS]
+        cells = [LABELS[arm], start, "with" if conv else "without"]
+        for begin, _ in spans:
+            costs = [found[start, conv, begin] - found["zero", conv, begin] for found in losses if found]
+            cells.append(f"{statistics.median(costs):+.3f}")
+        rows.append(cells)
+    return table(["", "ssm", "conv inputs", *(f"{begin + 1}-{end}" for begin, end in spans)], rows)
 
 
 def trust_table(results):
-    """Does starting from unrelated text teach distrust? Loss after the true text, against the capped control's."""
+    """Does unrelated text teach distrust? The loss after the true text, less that of the capped control."""
     T = results.T()
     rows = []
     for arm in ("prev", "tbtt"):
         cells = [LABELS[arm]]
         for begin in (0, 8, 32, T, 2 * T):
-            differences = []
-            for seed in SEEDS:
-                pair = []
-                for run in (f"{arm}-{seed}", f"cap-{seed}"):
-                    for row in results.measures.get(("wrong_state", run), []):
-                        if (row["start"], row["conv"], row["from"]) == ("true", True, begin):
-                            pair.append(row["nll"])
-                if len(pair) == 2:
-                    differences.append(pair[0] - pair[1])
-            if differences:
-                cells.append(spread(differences, "+.3f"))
+            key = ("true", True, begin)
+            pairs = [(wrong_losses(results, arm, seed), wrong_losses(results, "cap", seed)) for seed in SEEDS]
+            cells.append(spread([ours[key] - control[key] for ours, control in pairs if ours], "+.3f"))
         rows.append(cells)
     return table(["", "1-8", "9-32", f"33-{T}", f"{T + 1}-{2 * T}", f"{2 * T + 1}-{4 * T}"], rows)
 
 
 def corpora_table(results):
-    rows = []
-    for group, arms in (("prose-{}-0", ("base", "zero", "prev")), ("prose-{}-1", ("base", "zero", "prev")),
-                        ("mid-{}", ("base", "zero", "prev", "tbtt", "cap"))):  # fmt: skip
-        for arm in arms:
-            run = group.format(arm)
-            if run in results.curves:
-                numbers = [f"{results.at(run, name):{style}}" for name, style in
-                           (("excess", "+.2f"), ("nll", ".3f"), ("window_loss", ".3f"))]  # fmt: skip
-                rows.append([run, *numbers])
+    runs = [f"prose-{arm}-{seed}" for seed in (0, 1) for arm in ("base", "zero", "prev")]
+    runs += [f"mid-{arm}" for arm in ("base", "zero", "prev", "tbtt", "cap")]
+    rows = [[run, *results.numbers(run)] for run in runs if run in results.curves]
     return table(["run", f"excess at {FAR:,}", "NLL there", "window loss"], rows)
 
 
@@ -354,12 +336,35 @@ def quickstart_block():
     return textwrap.indent("\n".join(lines), "    ")
 
 
+NEEDS = {  # of each table and figure: the run, or the measure and run, without which there is nothing to show
+    readme_table: "prev-7",
+    headline_table: "cap-7",
+    cost_table: "cap-7",
+    seeds_table: "cap-7",
+    frozen_table: "frozen-prev-5",
+    surgery_table: "bases_rates-7",
+    late_table: ("late_state", "prev-7"),
+    memory_table: ("memory", "prev-7"),
+    remembrance_table: ("remembrance", "prev-7"),
+    origin_table: "official-0",
+    wrong_table: ("wrong_state", "prev-7"),
+    trust_table: ("wrong_state", "prev-7"),
+    corpora_table: "prose-prev-1",
+    past_table: "past-tbtt-1-500-3",
+}
+
+
+def there(results, need):
+    return need in results.curves or need in results.measures
+
+
 def tables(results):
     """{name: Markdown} of all that was measured."""
-    makers = (readme_table, headline_table, cost_table, seeds_table, frozen_table, surgery_table, late_table,
-              memory_table, remembrance_table, origin_table, wrong_table, trust_table, corpora_table, past_table)  # fmt: skip
-    found = {maker.__name__.removesuffix("_table"): maker(results) for maker in makers}
-    return found | {"kernel": kernel_table(), "quickstart": quickstart_block()}
+    found = {"kernel": kernel_table(), "quickstart": quickstart_block()}
+    for make, need in NEEDS.items():
+        if there(results, need):
+            found[make.__name__.removesuffix("_table")] = make(results)
+    return found
 
 
 def fill(text, found):
@@ -461,6 +466,8 @@ def origin_figure(results):
     shades = ("#440154", "#31688E", "#35B779", "#B5A000")
     for (arm, label), shade in zip(names.items(), shades):
         for seed in (0, 1):
+            if f"{arm}-{seed}" not in results.curves:
+                continue
             t, excess = curve(results, f"{arm}-{seed}")
             axis.plot(t, excess, color=shade, label=f"-A from {label}" if seed == 0 else None)
     logarithmic(axis, results.T())
@@ -513,12 +520,12 @@ def wrong_figure(results):
     return figure
 
 
-FIGURES = {
-    "headline": headline_figure,
-    "dose": dose_figure,
-    "origin": origin_figure,
-    "past": past_figure,
-    "wrong_state": wrong_figure,
+FIGURES = {  # name: (function, what it needs)
+    "headline": (headline_figure, "cap-7"),
+    "dose": (dose_figure, "dose-prev-2000-3"),
+    "origin": (origin_figure, "official-0"),
+    "past": (past_figure, "past-tbtt-1-500-3"),
+    "wrong_state": (wrong_figure, ("wrong_state", "prev-7")),
 }
 
 
@@ -536,12 +543,13 @@ def main(argv=None):
         print(f"\n{name}\n{content}")
     for path in (ROOT / "README.md", RESULTS / "README.md"):
         write_whole(path, fill(path.read_text(encoding="utf-8"), found).encode())
-    for name, make in FIGURES.items():
-        figure = make(results)
-        write_whole(
-            RESULTS / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png", dpi=150)
-        )
-        pyplot.close(figure)
+    for name, (make, need) in FIGURES.items():
+        if there(results, need):
+            figure = make(results)
+            content = io.BytesIO()
+            figure.savefig(content, format="png", dpi=150)
+            write_whole(RESULTS / f"{name}.png", content.getbuffer())
+            pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,9 @@ def make_theirs(config):
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     sizes = {"hidden_size": config.d_model, "num_hidden_layers": config.n_layer, "num_heads": config.nheads}
-    sizes |= {"head_dim": config.headdim, "state_size": config.d_state, "n_groups": 1, "vocab_size": VOCAB}
-    return Mamba2ForCausalLM(Mamba2Config(**sizes, tie_word_embeddings=True, use_cache=False))
+    sizes |= {"head_dim": config.headdim, "state_size": config.d_state, "chunk_size": config.chunk}
+    sizes |= {"n_groups": 1, "vocab_size": VOCAB, "tie_word_embeddings": True, "use_cache": False}
+    return Mamba2ForCausalLM(Mamba2Config(**sizes))
 
 
 def make_step(model, args):
@@ -176,7 +177,6 @@ def main():
     for length in (2**13, 2**20) if args.long else (2**13,):
         found[f"evaluation {length}"] = speed, mb = evaluate(args, length)
         print(f"evaluation of {length:,} tokens: {speed:,.0f} tokens/s, {mb:,.0f} MB", flush=True)
-
     models = {"eager": make_model(args), "compiled": make_model(args), "transformer": Transformer(args)}
     train.compile_layers(models["compiled"], args.device)
     try:
