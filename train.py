@@ -378,6 +378,24 @@ def restore(checkpoint, args, corpus, optimizer, device):
     return checkpoint["step"], memory
 
 
+def save_tokenizer(args, corpus):
+    if RANK == 0:
+        content = data.tokenizer_json(corpus.tokenizer).encode()
+        data.write_whole(Path(args.out) / "tokenizer.json", content)
+
+
+def mean_sd(state):
+    """Of a state: the standard deviation of the numbers in ssm, mean over the layers."""
+    return torch.stack([ssm.std() for _, ssm in state]).mean().item()
+
+
+def print_sample(model, tokenizer, seed, device):
+    separator = torch.tensor([[tokenizer.encode_single_token(data.SEPARATOR)]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    sample = model.eval().generate(separator, 256, generator=generator)
+    print(f"\n256 tokens of its own:\n\n{tokenizer.decode(sample[0].tolist())}\n")
+
+
 def write_log(args, row, bar):
     """A line for people, and one for machines."""
     line = "step {step:6,}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  state {state_sd:.3f}"
@@ -394,22 +412,18 @@ def write_log(args, row, bar):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def main(argv=None):
-    # What to train, and on what.
-    torch.set_flush_denormal(
-        True
-    )  # products of many decays: below 1e-38 they would take a CPU ten times longer
-    args, model, checkpoint = parse(argv)
-    join_processes()
-    device = choose_device(args.device)
-    args.dtype = choose_dtype(args.dtype, device)
-    tokenizer = args.tokenizer  # its name, or, if a run is gone on with, the tokenizer itself
+def prepare_corpus(args, model, checkpoint):
+    tokenizer = args.tokenizer  # its name, or, if there is a run to go on with, the tokenizer itself
     if checkpoint:
         folder = args.out if args.resume else args.init_from
         tokenizer = data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
     corpus = data.load_corpus(args.dataset, tokenizer)
     if min(len(corpus.train), len(corpus.val)) < 2 * args.seq_len:
         raise ValueError(f"--dataset={args.dataset} holds less than two windows of {args.seq_len} tokens")
+    return corpus
+
+
+def prepare_model(args, model, corpus, device):
     torch.manual_seed(args.seed)
     if model is None:
         sizes = {name: getattr(args, name) for name in MODEL}
@@ -419,13 +433,25 @@ def main(argv=None):
     model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # a backend that fails does so now
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         compile_layers(model, device)
+    print(f"model      {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"device     {device}, matrix products in {args.dtype}")
+    rows = WORLD * args.batch_size
+    print(f"training   {args.init_state}, {args.steps:,} steps of {rows} windows of {args.seq_len} tokens")
+    return model
+
+
+def main(argv=None):
+    # What to train, and on what.
+    torch.set_flush_denormal(True)  # products of many decays: below 1e-38 they take a CPU ten times longer
+    args, model, checkpoint = parse(argv)
+    join_processes()
+    device = choose_device(args.device)
+    args.dtype = choose_dtype(args.dtype, device)
+    corpus = prepare_corpus(args, model, checkpoint)
+    model = prepare_model(args, model, corpus, device)
     net = model if WORLD == 1 else DistributedDataParallel(model)
     optimizer = make_optimizer(model, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    tokens_per_step = WORLD * args.batch_size * args.seq_len
-    print(f"model      {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"device     {device}, matrix products in {args.dtype}")
-    print(f"training   {args.init_state}, T = {args.seq_len}, {args.steps} x {tokens_per_step:,} tokens")
 
     # Where to begin.
     step, memory = restore(checkpoint, args, corpus, optimizer, device) if args.resume else (0, {})
@@ -436,10 +462,7 @@ def main(argv=None):
             with autocast, eager():
                 init.fit(model, batch[:, :-1], rate=1 / (i + 1))  # so: the plain mean of all
     if not args.resume:
-        if RANK == 0:
-            data.write_whole(
-                Path(args.out) / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode()
-            )
+        save_tokenizer(args, corpus)
         save(args, step, model, optimizer, init, corpus)
     print(f"after Ctrl-C or a power cut: python train.py --out={args.out} --resume\n")
 
@@ -476,14 +499,9 @@ def main(argv=None):
         bar.update()
         saving = step % args.save_every == 0 or step == args.steps
         if step % args.log_every == 0 or saving:
-            row = {
-                "step": step,
-                "loss": sum(losses) / len(losses),
-                "lr": optimizer.param_groups[0]["lr"],
-                "grad_norm": grad_norm,
-                "state_sd": torch.stack([ssm.std() for _, ssm in final_state]).mean().item(),
-                "tokens_per_s": tokens_per_step * len(losses) / (time.perf_counter() - clock),
-            }
+            tokens_per_s = WORLD * inputs.numel() * len(losses) / (time.perf_counter() - clock)
+            row = {"step": step, "loss": sum(losses) / len(losses), "lr": learning_rate(step - 1, args)}
+            row |= {"grad_norm": grad_norm, "state_sd": mean_sd(final_state), "tokens_per_s": tokens_per_s}
             if saving:
                 with autocast, eager():
                     row |= validate(model, corpus.val, args.seq_len, device)
@@ -494,11 +512,8 @@ def main(argv=None):
     bar.close()
 
     # What it has learnt.
-    separator = torch.tensor([[corpus.tokenizer.encode_single_token(data.SEPARATOR)]], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
     with eager():
-        sample = model.eval().generate(separator, 256, generator=generator)
-    print(f"\n256 tokens of its own:\n\n{corpus.tokenizer.decode(sample[0].tolist())}\n")
+        print_sample(model, corpus.tokenizer, args.seed, device)
     print(f"how it does on longer texts: python eval_long.py {args.out}")
 
 
