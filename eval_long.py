@@ -8,7 +8,8 @@ Some positions happen to hold harder text than others. So each token is predicte
 
     full        after all the t tokens before it: one pass, in segments that carry the state over
     restarted   after only the last T/2 to T of them: windows of T tokens that overlap by half, each from a
-                zero state, of which the second half counts. That is what the model was trained for.
+                zero state, of which the second half counts, so that each token counts once. That is what
+                the model was trained for.
 
 The *excess* is the mean of full - restarted, in nats/token, over the same tokens: those with t in (T/2, T],
 (T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not generalize in length. Below 0,
@@ -49,7 +50,7 @@ def choose_starts(tokens, length, sequences=None, seed=0):
 
 
 def make_buckets(length, T):
-    """(0, T), (T, 2T), (2T, 4T), ... up to length"""
+    """(0, T), (T, 2T), (2T, 4T), ... up to length; of the first, `evaluate` leaves out the first half"""
     edges = [0, T]
     while edges[-1] < length:
         edges.append(min(2 * edges[-1], length))
@@ -101,7 +102,7 @@ def evaluate(model, tokens, starts, length, T, bar):
         row |= {"nll": loss.mean().item(), "nll_se": standard_error(loss)}
         row |= {"excess": excess.mean().item(), "excess_se": standard_error(excess)}
         rows.append(row)
-    return [row | {"window_loss": window_sum / windows_seen} for row in rows]
+    return [row | {"window_loss": window_sum / windows_seen} for row in rows]  # so that a row stands alone
 
 
 def standard_error(values):
@@ -220,9 +221,9 @@ def main(argv=None):
         weights = b"".join(
             w.cpu().contiguous().view(torch.uint8).numpy().tobytes() for w in model.parameters()
         )
-        what = {"weights": hashlib.sha256(weights).hexdigest()[:12], "corpus_hash": corpus.hash}
-        what |= {"part": args.part, "max_len": length, "sequences": len(starts), "seed": args.seed}
-        rows = [row for row in known if what.items() <= row.items()]
+        key = {"weights": hashlib.sha256(weights).hexdigest()[:12], "corpus_hash": corpus.hash}
+        key |= {"part": args.part, "max_len": length, "sequences": len(starts), "seed": args.seed}
+        rows = [row for row in known if key.items() <= row.items()]
         if rows:
             print(f"{run} is in {path} already")
         else:
@@ -232,7 +233,7 @@ def main(argv=None):
                 rows = evaluate(model, tokens, starts, length, T, bar)
             mode = checkpoint["args"].get("init_state", "zero")
             facts = {"run": run, "init_state": mode, "step": checkpoint["step"], "seq_len": T}
-            rows = [facts | what | row for row in rows]
+            rows = [facts | key | row for row in rows]
             known += rows
             data.write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
         results[run] = rows

@@ -248,12 +248,12 @@ class Mamba2LM(nn.Module):
         return self.lm_head(self.backbone.norm_f(x)), new_state
 
     @torch.no_grad()
-    def generate(self, idx, tokens, temperature=1.0, generator=None):
-        """Goes on from the prompt idx (b, l) -> (b, tokens). Temperature 0: always the likeliest token."""
+    def generate(self, idx, length, temperature=1.0, generator=None):
+        """Goes on from the prompt idx (b, l) -> (b, length). Temperature 0: always the likeliest token."""
         hidden, state = self.hidden(idx)
         logits = self.lm_head(hidden[:, -1])
         out = []
-        for _ in range(tokens):
+        for _ in range(length):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:

@@ -5,8 +5,9 @@ Each head carries a state S along the text, a matrix of p x n numbers (SSD, arXi
     S_t = exp(a_t) S_{t-1} + u_t B_t^T        forget a little, then write u_t at the address B_t
     y_t = S_t C_t                             read at the address C_t
 
-u_t (p numbers), B_t, C_t (n numbers) and a_t <= 0 come from token t (model.py makes them); the heads share B
-and C. With a_t = 0 the same scan is linear attention; with one constant a for each head it is RetNet.
+u_t (p numbers), B_t, C_t (n numbers) and a_t <= 0 come from token t = 0 ... l - 1 (model.py makes them).
+The heads share B and C. With a_t = 0 the same scan is linear attention; with one constant a for each head
+it is RetNet.
 
 S_{-1} is the *initial state*, the subject of this project: where a text starts from. S_{l-1} is the *final
 state*: what the next piece of the text, or the next batch, can start from. Here one is an argument and the
@@ -107,7 +108,7 @@ def why_not_triton(u, B):
     if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"u should be float32, bfloat16 or float16, not {u.dtype}"
     if INTERPRETED and u.dtype == torch.bfloat16:
-        return "the interpreter computes with the raw bits of bfloat16"
+        return "Triton's interpreter computes with the raw bits of bfloat16"
     if u.shape[3] not in (16, 32, 64, 128):
         return f"p of u should be 16, 32, 64 or 128, not {u.shape[3]}"
     if B.shape[2] not in (16, 32, 64, 128, 256):
@@ -160,22 +161,22 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
 # From here on: a GPU. A CPU runs none of this.
 #
 # Autograd finds the gradients of `ssd_chunked`; kernels need them written down. A prime marks the gradient
-# of the loss with respect to what it follows. Chunk by chunk, from the last one, where S_new' = final_state':
+# of the loss with respect to what it follows. Chunk by chunk from the last one, whose S_new is final_state:
 #
 #     W'  = y' u^T                                     and E = W' o L is the gradient of C B^T
 #     u'  = W^T y' + exp(cs_last - cs) B S_new'^T
 #     B'  = E^T C  + exp(cs_last - cs) u S_new'        summed over the heads
 #     C'  = E B    + exp(cs) y' S                      summed over the heads
-#     S'  = (exp(cs) y')^T C + exp(cs_last) S_new'     the S_new' of the chunk before, at last init_state'
+#     S'  = (exp(cs) y')^T C + exp(cs_last) S_new'     which is S_new' of the chunk before it
 #
 # a_t decays all that is written before t and read at t or later. a'_t sums what flows along such paths:
 #
 #     a'_t = sum_{q >= t} (sum_s W'_qs W_qs - sum_s W'_sq W_sq)      from s < t to q >= t, inside the chunk
-#          + sum_{q >= t} y'_q . exp(cs_q) S C_q                     from S to q >= t
-#          + sum_{s < t} u_s . exp(cs_last - cs_s) S_new' B_s        from s < t to S_new
-#          + exp(cs_last) <S_new', S>                                from S to S_new
+#          + sum_{q >= t} y'_q . exp(cs_q) S C_q                     from S to q >= t      (from_past below)
+#          + sum_{s < t} u_s . exp(cs_last - cs_s) S_new' B_s        from s < t to S_new   (written)
+#          + exp(cs_last) <S_new', S>                                from S to S_new       (carried)
 #
-# (In the first line, pairs with both ends at t or later appear twice, with opposite signs, and cancel. The
+# (In the first line, pairs of s and q that are both at t or later appear twice, with opposite signs. The
 # shorter a'_t = sum_{q >= t} (y'_q . y_q - u'_q . u_q) does not cancel as well once products are in bf16.)
 #
 # Four kernels, five launches:
@@ -243,7 +244,9 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
     # from chunk to chunk
     for i in range(chunks):
         chunk = chunks - 1 - i if REVERSE else i
-        tl.store(states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S)
+        tl.store(
+            states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S
+        )  # the one before
         places = chunk * Q + tl.arange(0, Q)  # [Q]
         rows = batch * l + places
         inside = places < l
@@ -353,8 +356,8 @@ def addresses_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, d
     tl.store(dC_ptr + offs_out, dC, mask=inside[:, None])
 
 
-# Launch settings: tile of p and of n (at most), warps (at least), pipeline stages. Chosen from the compile
-# report, results/kernel_report.py: no spills, and all programs fit.
+# Launch settings: tile of p and of n (less where p or n is less), warps (more for long chunks), pipeline
+# stages. Chosen from the compile report, results/kernel_report.py: no spills, and all programs fit.
 SETTINGS = {  # kernel: (for 16 bits, for 32 bits)
     "walk_kernel": ((32, 64, 4, 2), (32, 32, 4, 1)),
     "output_kernel": ((64, 64, 4, 2), (32, 32, 8, 1)),

@@ -121,6 +121,7 @@ def parse(argv):
         theirs = checkpoint["args"]
         fixed = {name: getattr(model.config, name) for name in MODEL}
         fixed |= {name: theirs[name] for name in ("preset", "tokenizer")}
+        # The length and number of the windows, and the text, may be changed by a flag.
         defaults = POST_TRAINING | {name: theirs[name] for name in ("seq_len", "batch_size", "dataset")}
     parser.set_defaults(**defaults | fixed)
     args = parser.parse_args(argv)  # again, with the right defaults
@@ -398,8 +399,8 @@ def print_sample(model, tokenizer, seed, device):
 
 def write_log(args, row, bar):
     """A line for people, and one for machines."""
-    line = "step {step:6,}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  state {state_sd:.3f}"
-    bar.write((line + "  {tokens_per_s:9,.0f} tok/s").format(**row))
+    line = "step {step:6,}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  state sd {state_sd:.3f}"
+    bar.write((line + " {tokens_per_s:8,.0f} tok/s").format(**row))
     if "window_loss" in row:
         bar.write(
             "held-out loss {window_loss:.4f} in windows, {carried_loss:.4f} at 32 T to 64 T".format(**row)
