@@ -95,11 +95,13 @@ def train_bpe(texts, vocab_size):
     frequency = Counter()
     for text in tqdm(texts, "counting words", unit=" texts", disable=None):
         frequency.update(re.findall(PATTERN, text))
-    words = [([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1]
-    counts = (
-        Counter()
-    )  # counts[left + right]: how often the two are neighbours (a + aa is the same as aa + a)
-    found_in = defaultdict(set)  # found_in[left + right]: the indices of the words that hold them
+    words = [
+        ([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1
+    ]  # once: no pattern
+    # counts[left + right]: how often the two are neighbours (a + aa counts as aa + a);
+    # found_in[left + right]: the indices of the words in which they are.
+    counts = Counter()
+    found_in = defaultdict(set)
 
     def count(i, sign):
         word, n = words[i]
@@ -115,7 +117,7 @@ def train_bpe(texts, vocab_size):
         best = max(counts, key=counts.get, default=b"")
         if counts[best] < 1:
             raise ValueError(f"the text is too short for {vocab_size} tokens: take a smaller bpeN, or byte")
-        if best not in ranks:
+        if best not in ranks:  # (the same bytes may come again, from another pair)
             ranks[best] = len(ranks)
             bar.update()
         for i in found_in.pop(best):

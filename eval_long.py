@@ -11,12 +11,11 @@ Some positions happen to hold harder text than others. So each token is predicte
                 zero state, of which the second half counts, so that each token counts once. That is what
                 the model was trained for.
 
-The *excess* is the mean of full - restarted, in nats/token, over the same tokens: those with t in (T/2, T],
-(T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not generalize in length. Below 0,
-it helps. (In the first bucket both predictions are the same.) The *window loss* is the mean loss over all
-restarted windows: what an initial state in training costs within T. Both are in float32, whatever the
-training was in.
-"""
+The *excess* is the mean loss (full) minus the mean loss (restarted), in nats/token, over the same tokens:
+those with t in (T/2, T], (T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not
+generalize in length. Below 0, it helps. (In the first bucket both predictions are the same.) The *window
+loss* is the mean loss over all restarted windows: between runs, it shows what training from other states
+costs within T. All losses are in float32, whatever the training was in."""
 
 import argparse
 import hashlib
@@ -222,6 +221,7 @@ def main(argv=None):
             w.cpu().contiguous().view(torch.uint8).numpy().tobytes() for w in model.parameters()
         )
         key = {"weights": hashlib.sha256(weights).hexdigest()[:12], "corpus_hash": corpus.hash}
+        key |= {"init_state": checkpoint["args"].get("init_state", "zero"), "seq_len": T}
         key |= {"part": args.part, "max_len": length, "sequences": len(starts), "seed": args.seed}
         rows = [row for row in known if key.items() <= row.items()]
         if rows:
@@ -231,8 +231,7 @@ def main(argv=None):
                 total=len(starts) * length, desc=run, unit=" tokens", unit_scale=True, disable=None
             ) as bar:
                 rows = evaluate(model, tokens, starts, length, T, bar)
-            mode = checkpoint["args"].get("init_state", "zero")
-            facts = {"run": run, "init_state": mode, "step": checkpoint["step"], "seq_len": T}
+            facts = {"run": run, "step": checkpoint["step"]}
             rows = [facts | key | row for row in rows]
             known += rows
             data.write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())

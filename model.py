@@ -11,7 +11,7 @@ scan_kernel.py. So its state has two parts: *conv*, the last d_conv - 1 inputs o
 numbers as in one piece.
 
 Parameters have the names, shapes and meaning of the official implementation (MambaLMHeadModel of mamba_ssm).
-Dimensions: see scan_kernel.py.
+Dimensions: b batch · l length · h head · p head dim · n state dim · d model width
 """
 
 import json
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scan_kernel import ssd
 
-LOGITS_AT_ONCE = 2**26  # 256 MB in float32: more than that are made, and used up, slice by slice
+LOGITS_AT_ONCE = 2**26  # 256 MB in float32; more are computed in slices
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Mamba2Config:
     headdim: int = 64  # p
     expand: int = 2  # all heads together have h p = expand d channels
     d_conv: int = 4  # tokens that the convolution sees
-    A_init: str = "uniform"  # or "log": log-uniform, one head in each of h equal parts
+    # For -A, how fast a head forgets, and dt, its time step, see Mamba2.
+    A_init: str = "uniform"  # or "log": one head in each of h equal parts of the range's log
     A_init_range: tuple = (1, 16)  # of -A at the start
     dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
@@ -94,8 +95,8 @@ class Mamba2(nn.Module):
         return z, xBC, F.softplus(dt + self.dt_bias)
 
     def convolve(self, xBC, conv):
-        """xBC (b, l, conv_dim), conv (b, d_conv - 1, conv_dim), the inputs before it, or None -> both,
-        after it"""
+        """xBC (b, l, conv_dim), its d_conv - 1 last inputs before or None -> convolved xBC, its last
+        inputs"""
         b, l, width = xBC.shape
         if conv is None:
             conv = xBC.new_zeros(b, self.config.d_conv - 1, width)
@@ -120,7 +121,7 @@ class Mamba2(nn.Module):
         x, B, C = self.split(xBC)
         a = -torch.exp(self.A_log) * dt  # (b, l, h); a larger step forgets more
         u = (x * dt[..., None]).to(x.dtype)  # (b, l, h, p); and writes more
-        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # at most the next power of two above l
+        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than the power of two >= l
         y, ssm = ssd(u, a, B, C, ssm, chunk, self.config.backend)
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv, ssm)
@@ -151,8 +152,8 @@ class Block(nn.Module):
 
 
 class Mamba2LM(nn.Module):
-    """The state of the model is a list with a pair for each layer:
-    conv (b, d_conv - 1, conv_dim) and ssm (b, h, p, n), both float32. None instead of the list: zeros."""
+    """The state of the model is a list with a pair for each layer: conv (b, d_conv - 1, conv_dim) and ssm
+    (b, h, p, n), both float32. Where a state is optional, None stands for zeros."""
 
     def __init__(self, config):
         super().__init__()
@@ -268,7 +269,9 @@ class Mamba2LM(nn.Module):
         """An official Mamba-2 checkpoint: a folder with config.json and pytorch_model.bin (mamba_ssm) or
         model.safetensors (transformers). ValueError names what differs from the architecture here."""
         folder = Path(folder)
-        text = (folder / "config.json").read_text()
+        text = (
+            folder / "config.json"
+        ).read_text()  # transformers may write infinity as {"__float__": "Infinity"}
         fields = json.loads(text, object_hook=lambda d: math.inf if "__float__" in d else d)
         if "hidden_size" in fields:  # by transformers
             names = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state"}

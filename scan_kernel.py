@@ -25,7 +25,7 @@ Dimensions, the same letters in every file:
     h head · p head dim · n state dim · d model width
 """
 
-from __future__ import annotations  # (kernels name tl.constexpr, also where there is no Triton)
+from __future__ import annotations  # not evaluated: without Triton there is no tl.constexpr
 
 import functools
 import itertools
@@ -56,13 +56,16 @@ def ssd_loop(u, a, B, C, init_state=None, chunk=None):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The chunked scan. Take c tokens that start from the state S, and let cs_q = a_0 + ... + a_q be the running
-# sum within them. What was written at s has decayed by exp(cs_q - cs_s) when it is read at q:
+# The chunked scan. The loop takes l steps, one after the other. Chunks of c tokens take l / c, each a few
+# matrix products, which is what hardware is good at. Take c tokens that start from the state S, and let
+# cs_q = a_0 + ... + a_q be the running sum within them. What was written at s has decayed by exp(cs_q -
+# cs_s) when it is read at q:
 #
 #     y_q   = sum_{s <= q} exp(cs_q - cs_s) (C_q . B_s) u_s  +  exp(cs_q) S C_q
 #     S_new = sum_s exp(cs_last - cs_s) u_s B_s^T  +  exp(cs_last) S
 #
-# As matrix products, with a row for each of the c tokens (o: element by element):
+# As matrix products, with a row for each of the c tokens (o: element by element; a vector before a matrix
+# scales its rows):
 #
 #     1 inside the chunk   y     = W u,  W = (C B^T) o L,  L[q, s] = exp(cs_q - cs_s) for s <= q, else 0
 #     2 from the past      y    += exp(cs) C S^T
@@ -73,14 +76,15 @@ def ssd_loop(u, a, B, C, init_state=None, chunk=None):
 def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
     """The four steps in plain torch, on any device. Arguments and results of `ssd`, gradients by autograd.
 
-    Decays and states are float32, products are in u's dtype. A loop over the chunks is faster than all of
+    Decays and states are in a's dtype, products in u's. A loop over the chunks is faster than all of
     them at once: what one chunk needs stays in the CPU's cache."""
     S, y = init_state, []
     with torch.autocast(u.device.type, enabled=False):
         for u_c, a_c, B_c, C_c in zip(*(t.split(chunk, dim=1) for t in (u, a, B, C))):
             cs = a_c.transpose(1, 2).cumsum(-1)  # (b, h, c)
             difference = cs[..., :, None] - cs[..., None, :]  # (b, h, q, s)
-            # Above the diagonal differences are positive and exp could overflow: hence the clamp.
+            # Above the diagonal exp could overflow. tril cuts that off, but not the gradient, 0 * inf: so
+            # clamp.
             L = difference.clamp(max=0).exp().tril()  # (b, h, q, s)
             CB = torch.einsum("bqn,bsn->bqs", C_c, B_c)
             W = (CB[:, None] * L).to(u.dtype)  # (b, h, q, s)
@@ -244,9 +248,9 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
     # from chunk to chunk
     for i in range(chunks):
         chunk = chunks - 1 - i if REVERSE else i
-        tl.store(
-            states_ptr + (batch * chunks + chunk) * (H * P_ALL * N_ALL) + offs_state, S
-        )  # the one before
+        # the state that this chunk starts from; in reverse, S_new'
+        offs_chunk = (batch * chunks + chunk) * (H * P_ALL * N_ALL)
+        tl.store(states_ptr + offs_chunk + offs_state, S)
         places = chunk * Q + tl.arange(0, Q)  # [Q]
         rows = batch * l + places
         inside = places < l

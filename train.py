@@ -48,8 +48,8 @@ MID = {"d_model": 256, "n_layer": 4, "headdim": 64}
 SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "tokenizer": "bpe4096"}
 PRESETS = {
     "tiny": {},  # 0.4M parameters; trained within minutes on a CPU
-    "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.6M
-    "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 20M, for a GPU
+    "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.1M
+    "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 19M, for a GPU
 }
 POST_TRAINING = {"steps": 500, "lr": 3e-3, "init_prob": 0.1}  # with --init_from
 # Flags that Mamba2Config takes; flags that may differ when a run is resumed.
@@ -70,7 +70,7 @@ def make_parser():
     add("--init_state", default="zero", choices=modes, help="what training windows start from")
     add("--init_prob", default=1.0, type=data.number(float, 0, 1),
         help="share of the windows that start from it, at least one; the others start from zero")
-    add("--noise_std", default=0.1, type=not_negative, help="standard deviation, for noise")
+    add("--noise_std", default=0.1, type=not_negative, help="standard deviation, for noise (our choice)")
     add("--out", help="folder of the run; None: out/<init_state>")
     add("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
     add("--init_from", metavar="RUN", help="start from the weights of this run, or official checkpoint")
@@ -95,7 +95,7 @@ def make_parser():
     add("--n_layer", default=2, type=count, help="layers")
     add("--d_state", default=128, type=count, help="n, numbers of state for each channel")
     add("--headdim", default=32, type=count, help="p, channels of a head")
-    add("--A_init", default="log", choices=["log", "uniform"], help="how A, the rates of forgetting, start")
+    add("--A_init", default="log", choices=["log", "uniform"], help="how -A, the rates of forgetting, start")
     add("--A_init_range", default=[0.01, 16.0], type=data.number(float, 1e-9), nargs=2, metavar="RATE",
         help="their range: the lowest and the highest")
     # fmt: on
@@ -128,7 +128,7 @@ def parse(argv):
     args.out = out
     for name, value in fixed.items():
         if getattr(args, name) != value:
-            raise ValueError(f"--{name} should be as in the run to start from, {value}: leave it out")
+            raise ValueError(f"--{name} should be as in the other run, {value}: leave it out")
     data.check_can_write(out)
     # (A run that was killed before its first checkpoint has left a tokenizer, and a hidden temporary file.)
     files = {path.name for path in Path(out).glob("[!.]*")} - {"tokenizer.json"}
@@ -180,19 +180,21 @@ def mean_over_processes(tensor):
 # ------------------------------------------------------------------------------------------------------------
 # The initial state: the idea of this project
 
-CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # of fitted; our choice
+# Of fitted: batches that are measured before training, steps between two measurements, weight of a new one.
+CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
 
 
 class InitialState:
     """The state before the first token of each training window: a pair (conv, ssm) for each layer. `draw`
     makes it for the next step, `observe` sees the state after the last token. What is remembered in between
-    is in `memory`: lists with one tensor for each layer.
+    is in `memory`: "ssm", and "conv" in tbtt, or for fitted "mean" and "mean_square"; lists of a tensor for
+    each layer.
 
-    The mode decides on ssm, the matrices of the scan. conv, the last inputs of the convolution, is zero but
-    in tbtt, where these tokens really come before (the paper does not say; this is our choice)."""
+    The mode decides on ssm, the matrices of the scan. conv, the last inputs of the convolution, is zero
+    except in tbtt, where these tokens really come before (the paper does not say; this is our choice)."""
 
     def __init__(self, args, device, memory):
-        self.mode = args.init_state
+        self.mode = args.init_state  # the name of the mode, not a state
         self.noise_std = args.noise_std
         self.init_prob = args.init_prob
         self.seed = args.seed
@@ -203,8 +205,8 @@ class InitialState:
         """Of b rows, the first that gets a state; those before it always start from zero. So the others
         pass their states on without a break."""
         rows = WORLD * b
-        carried = max(1, round(self.init_prob * rows)) if self.init_prob > 0 else 0
-        return min(max(rows - carried - RANK * b, 0), b)
+        with_state = max(1, round(self.init_prob * rows)) if self.init_prob > 0 else 0
+        return min(max(rows - with_state - RANK * b, 0), b)
 
     def noise(self, ssm, step):
         """Standard normal tensors of the shapes of ssm: the same after a resume, and for any number of
@@ -217,7 +219,7 @@ class InitialState:
         """-> the state that b windows start from; None stands for zeros"""
         if self.mode == "zero":
             return None
-        conv, ssm = map(list, zip(*model.zero_state(b)))  # each (b, d_conv - 1, conv_dim); each (b, h, p, n)
+        conv, ssm = map(list, zip(*model.zero_state(b)))  # a tensor for each layer; ssm: (b, h, p, n)
         if self.mode == "noise":
             ssm = [self.noise_std * z for z in self.noise(ssm, step)]
         elif self.mode == "fitted":
@@ -242,8 +244,8 @@ class InitialState:
     @torch.no_grad()
     def fit(self, model, inputs, rate):
         """For fitted: moves the mean and mean square of each layer and head towards those of the states
-        after these windows, read from zero. (After fitted noise they would hold some of it, and it would
-        feed on itself.)"""
+        after these windows, each started from 0. (Started from fitted noise they would still hold some of
+        it, and the noise would be fitted to itself.)"""
         _, state = model.hidden(inputs)
         means = {
             "mean": [ssm.mean((0, 2, 3)) for _, ssm in state],  # each (h)
@@ -280,18 +282,19 @@ def make_optimizer(model, device):
 
 def get_batch(tokens, args, init, step):
     """(b, T + 1) ids: random windows. In tbtt, rows that get a state go on with the text where they were."""
-    where = (tokens, WORLD * args.batch_size, args.seq_len, args.seed, step)
-    batch = own_rows(data.random_windows(*where))
+    which = (tokens, WORLD * args.batch_size, args.seq_len, args.seed, step)
+    batch = own_rows(data.random_windows(*which))
     if args.init_state == "tbtt":
         first = init.first_row(args.batch_size)
-        batch[first:] = own_rows(data.next_windows(*where))[first:]
+        batch[first:] = own_rows(data.next_windows(*which))[first:]
     return batch.to(init.device)
 
 
 @torch.no_grad()
 def validate(model, tokens, T, device):
-    """Mean losses (nats/token) on held-out text, always the same: in windows of T tokens from a zero state,
-    and between the 32nd and the 64th T of longer texts, through which the state is carried."""
+    """Mean losses (nats/token) on held-out text, always the same: in windows of T tokens from a zero state
+    (an estimate of eval_long.py's window loss), and over the tokens 32 T to 64 T of texts, the state
+    carried over."""
     windows = data.random_windows(tokens, max(16, 32768 // T), T, seed=0, step=0).to(device)
     _, window_loss, _ = model(windows[:, :-1], windows[:, 1:])
     state = None
@@ -311,7 +314,7 @@ def choose_dtype(name, device):
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, check, bool)() for check in checks)
+        fast = any(getattr(torch.cpu, check, bool)() for check in checks)  # bool() is False: torch is too old
     return "bfloat16" if fast else "float32"
 
 
@@ -336,7 +339,7 @@ def save(args, step, model, optimizer, init, corpus):
     """Writes the checkpoint: plain values and tensors, and what one needs to know to make the same run
     again."""
     memory = init.memory
-    if "ssm" in memory:
+    if "ssm" in memory:  # each process has its own rows; the means of fitted are the same in all
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
@@ -431,7 +434,8 @@ def prepare_model(args, model, corpus, device):
         model = Mamba2LM(Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **sizes))
     model.config.backend = None if args.backend == "auto" else args.backend
     model.to(device).train()
-    model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # a backend that fails does so now
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # a backend that fails does so now
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         compile_layers(model, device)
     print(f"model      {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -450,6 +454,7 @@ def main(argv=None):
     args.dtype = choose_dtype(args.dtype, device)
     corpus = prepare_corpus(args, model, checkpoint)
     model = prepare_model(args, model, corpus, device)
+    # net: the model, which exchanges gradients if there are several processes
     net = model if WORLD == 1 else DistributedDataParallel(model)
     optimizer = make_optimizer(model, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -459,13 +464,13 @@ def main(argv=None):
     init = InitialState(args, device, memory)
     if args.init_state == "fitted" and not memory:
         for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
-            batch = get_batch(corpus.train, args, init, args.steps + i)  # of steps after the last one
+            batch = get_batch(corpus.train, args, init, args.steps + i)  # batches that training does not use
             with autocast, eager():
                 init.fit(model, batch[:, :-1], rate=1 / (i + 1))  # so: the plain mean of all
     if not args.resume:
         save_tokenizer(args, corpus)
         save(args, step, model, optimizer, init, corpus)
-    print(f"after Ctrl-C or a power cut: python train.py --out={args.out} --resume\n")
+    print(f"after Ctrl-C or a power cut, go on with --out={args.out} --resume\n")
 
     # The loop. Three of its lines are what this project is about: draw, the pass that starts there, observe.
     losses, clock = [], time.perf_counter()
