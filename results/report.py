@@ -410,19 +410,16 @@ def headline_figure(results):
         t = curves[0][0]
         median = [statistics.median(values) for values in zip(*(excess for _, excess in curves))]
         left.plot(t, median, color=COLORS[arm], linewidth=2.6)
-        ends[arm] = (t[-1], median[-1])
+        ends[arm] = median[-1]
     # labels at the ends of the lines, moved apart where they would overlap
-    places = sorted(ends, key=lambda arm: ends[arm][1])
     low, high = left.get_ylim()
-    height = None
-    for arm in places:
-        y = ends[arm][1]
-        y = y if height is None else max(y, height + 0.14 * (high - low))
-        height = y
-        left.annotate(
-            names[arm], (ends[arm][0] * 1.15, y), color=COLORS[arm], va="center", annotation_clip=False
-        )
+    place = None
+    for arm in sorted(ends, key=ends.get):
+        place = ends[arm] if place is None else max(ends[arm], place + 0.14 * (high - low))
+        at_the_end = {"xycoords": left.get_yaxis_transform(), "annotation_clip": False, "va": "center"}
+        left.annotate(names[arm], (1.01, place), color=COLORS[arm], **at_the_end)
     logarithmic(left, results.T())
+    left.set_xlim(0.8 * results.T(), curves[0][0][-1])
     left.annotate(f"T = {results.T()}", (results.T(), 1), (3, -12), xycoords=("data", "axes fraction"),
                   textcoords="offset points", color="gray")  # fmt: skip
     left.axhline(0, color="gray", linewidth=0.8)

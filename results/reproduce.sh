@@ -84,11 +84,6 @@ for stage in $stages; do
         done | in_parallel
         ;;
     forgetting) # is it that the memories get shorter, or that the model tolerates late states?
-        for s in 2 3 4 5; do
-            for state in zero noise prev; do
-                script=results/frozen.py post "frozen-$state-$s" "$s" "base-$s" --init_state=$state
-            done
-        done | in_parallel
         for s in $seeds; do
             for times in 1 2 4 8 32; do
                 echo "change cap$times-$s 32768 cap base-$s --tokens=$((times * T))"
@@ -101,6 +96,11 @@ for stage in $stages; do
             echo "measure memory-$s memory $runs"
             echo "measure late-$s late_state $runs --of $folder/base-$s"
             echo "measure remembrance-$s remembrance $runs"
+        done | in_parallel
+        for s in 2 3 4 5; do
+            for state in zero noise prev; do
+                script=results/frozen.py post "frozen-$state-$s" "$s" "base-$s" --init_state=$state
+            done
         done | in_parallel
         ;;
     origin) # where the failure comes from: the slowest rates of forgetting at the start
