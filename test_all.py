@@ -53,8 +53,7 @@ def run_python(*command, folder=ROOT):
     return done.stdout
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The scan
+# -------- The scan
 
 SCANS = [partial(ssd_chunked, chunk=16), partial(ssd_triton, chunk=16)]
 if scan_kernel.triton is None:
@@ -238,8 +237,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             assert row["tensor_ops"] >= row["products"], row
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The model
+# -------- The model
 
 
 def tiny_model(seed=0, **changes):
@@ -406,8 +404,7 @@ def test_hugging_face_tokenizer_gives_the_same_ids(official):
     assert data.tokenizer_json(ours) == file.read_text()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The data
+# -------- The data
 
 TEXT = "".join(f"def f_{i}(x):\n    return x + {i * 7919 % 1000}  # é 日本\n\n" for i in range(1500))
 
@@ -484,8 +481,7 @@ def test_batches_depend_on_seed_and_step_alone(windows):
     assert len(set(batches[0][:, 0].tolist())) == 4
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Initial states, training, resuming
+# -------- Initial states, training, resuming
 
 SMALL = ["--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--seq_len=8", "--batch_size=4"]
 SMALL += ["--dataset=a text.txt", "--tokenizer=byte", "--device=cpu", "--log_every=2"]
@@ -746,8 +742,7 @@ def test_bad_flags_are_exit_code_2_and_touch_nothing(work, capsys):
         assert sorted(Path().rglob("*")) == before, flags
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The long evaluation
+# -------- The long evaluation
 
 
 @torch.no_grad()
@@ -841,8 +836,7 @@ def test_memory_does_not_grow_with_length():
     assert int(long) < 1.1 * int(short)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The words
+# -------- The words
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAINS = {"train": train, "eval_long": eval_long}
@@ -887,6 +881,16 @@ def test_commands_in_the_readme_run(work, official, monkeypatch):
             more += SMALL
         assert exit_code(MAINS[script].main, *flags, *more) == 0, flags
     assert Path("out/eval/excess.png").exists()
+
+
+def test_tables_in_the_readmes_were_measured():
+    """Each table in both READMEs is what results/report.py makes of the committed results."""
+    from results import report
+
+    found = report.tables(report.Results(read_jsonl(ROOT / "results/results.jsonl")))
+    for text in (README, (ROOT / "results/README.md").read_text(encoding="utf-8")):
+        assert report.fill(text, found) == text
+        assert set(re.findall(r"<!-- (?!end)(\w+) -->", text)) <= set(found)
 
 
 def test_base_run_is_small_and_cannot_be_resumed(capsys):
