@@ -315,12 +315,12 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
     since, until, across, L = _decays(a_ptr, rows, head, inside, H, Q)
     u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
     W = CB * L  # [Q, Q]
-    paths = tl.dot(dy, tl.trans(u), input_precision=PRECISION) * W  # W' o W [Q, Q]
     du *= until[:, None]
     written = tl.sum(u * du, 1)  # [Q]
     du = tl.dot(tl.trans(W.to(u.dtype)), dy, du, input_precision=PRECISION)
     tl.store(du_ptr + rows[:, None] * (H * P_ALL) + cols_u[None, :], du, mask=inside[:, None])
     # a', in the order of the derivation. All is linear in u and y': the parts of all tiles of p just add up.
+    paths = tl.dot(dy, tl.trans(u), input_precision=PRECISION) * W  # W' o W [Q, Q]
     da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + from_past * since, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + across * tl.sum(carried, 0)
     tl.store(da_ptr + (rows * H + head) * (P_ALL // P) + tile, da, mask=inside)
@@ -366,7 +366,7 @@ SETTINGS = {  # kernel: (for 16 bits, for 32 bits)
     "walk_kernel": ((32, 64, 4, 2), (32, 32, 4, 1)),
     "output_kernel": ((64, 64, 4, 2), (32, 32, 8, 1)),
     "inputs_grad_kernel": ((32, 64, 8, 2), (32, 32, 8, 1)),
-    "addresses_grad_kernel": ((64, 64, 8, 1), (32, 16, 8, 1)),
+    "addresses_grad_kernel": ((32, 64, 8, 2), (16, 16, 8, 1)),
 }
 
 

@@ -497,7 +497,7 @@ def past_figure(results):
 
 def wrong_figure(results):
     arms = ("base", "zero", "prev", "tbtt")
-    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
+    figure, axes = pyplot.subplots(1, 4, figsize=(12, 3.8), layout="constrained", sharey=True)
     colors = {"noise": "#E69F00", "foreign": "#D55E00", "foreign+separator": "#7A4B9A", "true": "#009E73"}
     for axis, arm in zip(axes, arms):
         for start, color in colors.items():
@@ -514,7 +514,7 @@ def wrong_figure(results):
         axis.axhline(0, color="gray", linewidth=0.8)
         axis.set(title=LABELS[arm], xlabel="token after the initial state")
     axes[0].set_ylabel("cost against a zero state (nats/token)")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
