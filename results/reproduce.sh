@@ -85,7 +85,7 @@ for stage in $stages; do
         ;;
     forgetting) # is it that the memories get shorter, or that the model tolerates late states?
         for s in $seeds; do
-            for times in 1 2 4 8 32; do
+            for times in 1 2 4 8 32 100000; do
                 echo "change cap$times-$s 32768 cap base-$s --tokens=$((times * T))"
             done
             echo "change prevs_rates-$s 32768 transplant base-$s --donor=$folder/prev-$s"
