@@ -97,7 +97,7 @@ def train_bpe(texts, vocab_size):
         frequency.update(re.findall(PATTERN, text))
     words = [
         ([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1
-    ]  # once: no pattern
+    ]  # words seen only once teach nothing
     # counts[left + right]: how often the two are neighbours (a + aa counts as aa + a);
     # found_in[left + right]: the indices of the words in which they are.
     counts = Counter()

@@ -71,9 +71,10 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """A layer. From each token it projects z (a gate), x (what is written), B and C (where it is written
-    and read) and, for each head, a time step dt > 0. A head with the rate A < 0 keeps exp(dt A) of its
-    state at each token, so it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the scan."""
+    """A layer. From each token it projects z (a gate), x (what is written, times dt), B and C (where it is
+    written and read) and, for each head, a time step dt > 0. A head with the rate A < 0 keeps exp(dt A) of
+    its state at each token, so it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the
+    scan."""
 
     def __init__(self, config):
         super().__init__()

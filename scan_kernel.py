@@ -1,6 +1,6 @@
-"""The scan of Mamba-2: one recurrence, three ways to compute it.
+"""The scan of Mamba-2 (SSD, structured state space duality): one recurrence, three ways to compute it.
 
-Each head carries a state S along the text, a matrix of p x n numbers (SSD, arXiv 2405.21060):
+Each head carries a state S along the text, a matrix of p x n numbers (arXiv 2405.21060):
 
     S_t = exp(a_t) S_{t-1} + u_t B_t^T        forget a little, then write u_t at the address B_t
     y_t = S_t C_t                             read at the address C_t
@@ -79,7 +79,7 @@ def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
     Decays and states are in a's dtype, products in u's. A loop over the chunks is faster than all of
     them at once: what one chunk needs stays in the CPU's cache."""
     S, y = init_state, []
-    with torch.autocast(u.device.type, enabled=False):
+    with torch.autocast(u.device.type, enabled=False):  # the dtypes are chosen by hand here
         for u_c, a_c, B_c, C_c in zip(*(t.split(chunk, dim=1) for t in (u, a, B, C))):
             cs = a_c.transpose(1, 2).cumsum(-1)  # (b, h, c)
             difference = cs[..., :, None] - cs[..., None, :]  # (b, h, q, s)

@@ -21,6 +21,7 @@ The model, the loss and T stay the same. Only tbtt takes other batches.
 
 import argparse
 import atexit
+import contextlib
 import json
 import math
 import os
@@ -69,7 +70,7 @@ def make_parser():
     modes = ["zero", "noise", "fitted", "prev", "tbtt"]
     add("--init_state", default="zero", choices=modes, help="what training windows start from")
     add("--init_prob", default=1.0, type=data.number(float, 0, 1),
-        help="share of the windows that start from it, at least one; the others start from zero")
+        help="share of the windows that start from it, at least one if above 0; the others start from zero")
     add("--noise_std", default=0.1, type=not_negative, help="standard deviation, for noise (our choice)")
     add("--out", help="folder of the run; None: out/<init_state>")
     add("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
@@ -93,8 +94,8 @@ def make_parser():
     add("--save_every", default=100, type=count, help="steps between two checkpoints, with validation")
     add("--d_model", default=128, type=count, help="d, width of the residual stream")
     add("--n_layer", default=2, type=count, help="layers")
-    add("--d_state", default=128, type=count, help="n, numbers of state for each channel")
-    add("--headdim", default=32, type=count, help="p, channels of a head")
+    add("--d_state", default=128, type=count, help="n: the state of a head is a matrix of p x n numbers")
+    add("--headdim", default=32, type=count, help="p, numbers that a head reads and writes a token")
     add("--A_init", default="log", choices=["log", "uniform"], help="how -A, the rates of forgetting, start")
     add("--A_init_range", default=[0.01, 16.0], type=data.number(float, 1e-9), nargs=2, metavar="RATE",
         help="their range: the lowest and the highest")
@@ -231,7 +232,7 @@ class InitialState:
             ssm = self.memory.get("ssm", ssm)
             conv = self.memory.get("conv", conv)
         for t in (*conv, *ssm):
-            t[: self.first_row(b)] = 0  # in memory too: these rows always start from zero
+            t[: self.first_row(b)] = 0  # in place, in memory too: these rows always start from zero
         return list(zip(conv, ssm))
 
     def observe(self, state):
@@ -343,8 +344,10 @@ def save(args, step, model, optimizer, init, corpus):
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content = {
         "config": asdict(model.config) | {"backend": None},  # that is the machine's business
         "args": vars(args),
