@@ -179,7 +179,6 @@ def make_parser():
     add("--sequences", type=count, help="how many; None: as many as the text has, at most 8")
     add("--seed", default=0, type=data.number(int, 0), help="of where they begin")
     add("--dataset", help="python, or a UTF-8 text file or folder; None: that of the runs")
-    add("--part", default="val", choices=["val", "train"], help="held-out text, or the rest")
     add("--out", default="out/eval", help="folder of results.jsonl and excess.png")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--backend", default="auto", choices=["auto", "triton", "torch"], help="of the scan")
@@ -207,8 +206,7 @@ def main(argv=None):
     if args.max_len < longest:
         raise ValueError(f"--max_len={args.max_len} is less than T = {longest}, the training length")
     corpus = data.load_corpus(args.dataset or datasets.pop(), tokenizers[0])
-    tokens = getattr(corpus, args.part)
-    starts = choose_starts(tokens, args.max_len, args.sequences, args.seed)
+    starts = choose_starts(corpus.val, args.max_len, args.sequences, args.seed)
     path = Path(args.out) / "results.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -222,7 +220,7 @@ def main(argv=None):
         )
         key = {"weights": hashlib.sha256(weights).hexdigest()[:12], "corpus_hash": corpus.hash}
         key |= {"init_state": checkpoint["args"].get("init_state", "zero"), "seq_len": T}
-        key |= {"part": args.part, "max_len": length, "sequences": len(starts), "seed": args.seed}
+        key |= {"max_len": length, "sequences": len(starts), "seed": args.seed}
         rows = [row for row in known if key.items() <= row.items()]
         if rows:
             print(f"{run} is in {path} already")
@@ -230,7 +228,7 @@ def main(argv=None):
             with tqdm(
                 total=len(starts) * length, desc=run, unit=" tokens", unit_scale=True, disable=None
             ) as bar:
-                rows = evaluate(model, tokens, starts, length, T, bar)
+                rows = evaluate(model, corpus.val, starts, length, T, bar)
             facts = {"run": run, "step": checkpoint["step"]}
             rows = [facts | key | row for row in rows]
             known += rows
