@@ -39,6 +39,7 @@ PATTERN = r" ?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|\s*\n|\s+(?!\S)|\s+"
 class Corpus(NamedTuple):
     hash: str  # of the text and how it is split, 12 hex digits
     tokenizer: object  # with encode_ordinary, decode, n_vocab
+    tokenizer_hash: str
     train: np.ndarray  # ids, uint16 or uint32, memory-mapped
     val: np.ndarray
 
@@ -239,16 +240,18 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     name = "python" if dataset == "python" else Path(dataset).resolve().name
     folder = Path("data") / f"{name}-{corpus_hash}"
     if isinstance(tokenizer, str):
-        path = folder / f"{Path(tokenizer).name}.json"
-        if not path.exists():
-            write_whole(path, tokenizer_json(make_tokenizer(tokenizer, train)).encode())
-        tokenizer = load_tokenizer(path)
+        known = {path.stem: path for path in folder.glob("*.json")}
+        if tokenizer not in known:
+            content = tokenizer_json(make_tokenizer(tokenizer, train)).encode()
+            known[tokenizer] = folder / f"{tokenizer}.json"
+            write_whole(known[tokenizer], content)
+        tokenizer = load_tokenizer(known[tokenizer])
     tokenizer_hash = hash_of(tokenizer_json(tokenizer))
     train_ids = load_tokens(folder, f"{tokenizer_hash}-train", tokenizer, train)
     val_ids = load_tokens(folder, f"{tokenizer_hash}-val", tokenizer, val)
     print(f"corpus     {dataset} {corpus_hash}: {len(documents):,} files, {tokenizer.n_vocab:,} token ids")
     print(f"tokens     {len(train_ids):,} to train on, {len(val_ids):,} held out")
-    return Corpus(corpus_hash, tokenizer, train_ids, val_ids)
+    return Corpus(corpus_hash, tokenizer, tokenizer_hash, train_ids, val_ids)
 
 
 # ------------------------------------------------------------------------------------------------------------

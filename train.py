@@ -21,7 +21,7 @@ The model, the loss and T stay the same. Only tbtt takes other batches.
 
 import argparse
 import atexit
-import contextlib
+import functools
 import json
 import math
 import os
@@ -336,6 +336,15 @@ def eager():
 # A run on disk: ckpt.pt, tokenizer.json, log.jsonl
 
 
+@functools.cache  # asked once, not at every checkpoint
+def git_commit():
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        return None
+
+
 def save(args, step, model, optimizer, init, corpus):
     """Writes the checkpoint: plain values and tensors, and what one needs to know to make the same run
     again."""
@@ -344,10 +353,6 @@ def save(args, step, model, optimizer, init, corpus):
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content = {
         "config": asdict(model.config) | {"backend": None},  # that is the machine's business
         "args": vars(args),
@@ -355,8 +360,12 @@ def save(args, step, model, optimizer, init, corpus):
         "tokens": step * WORLD * args.batch_size * args.seq_len,
         "processes": WORLD,
         "corpus_hash": corpus.hash,
-        "tokenizer_hash": data.hash_of(data.tokenizer_json(corpus.tokenizer)),
-        "made_by": {"git": commit, "torch": str(torch.__version__), "python": platform.python_version()},
+        "tokenizer_hash": corpus.tokenizer_hash,
+        "made_by": {
+            "git": git_commit(),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "memory": memory,
@@ -430,14 +439,14 @@ def prepare_corpus(args, model, checkpoint):
     return corpus
 
 
-def prepare_model(args, model, corpus, device):
+def prepare_model(args, model, corpus, device, autocast):
     torch.manual_seed(args.seed)
     if model is None:
         sizes = {name: getattr(args, name) for name in MODEL}
         model = Mamba2LM(Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **sizes))
     model.config.backend = None if args.backend == "auto" else args.backend
     model.to(device).train()
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    with autocast:
         model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # a backend that fails does so now
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         compile_layers(model, device)
@@ -456,11 +465,11 @@ def main(argv=None):
     device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, device)
     corpus = prepare_corpus(args, model, checkpoint)
-    model = prepare_model(args, model, corpus, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    model = prepare_model(args, model, corpus, device, autocast)
     # net: the model, which exchanges gradients if there are several processes
     net = model if WORLD == 1 else DistributedDataParallel(model)
     optimizer = make_optimizer(model, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     # Where to begin.
     step, memory = restore(checkpoint, args, corpus, optimizer, device) if args.resume else (0, {})
