@@ -445,8 +445,10 @@ def dose_figure(results):
         (axes[1], "window_loss", "window loss"),
     ):
         for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
-            points = [(0, f"base-{seed}"), (500, f"{arm}-{seed}")]
-            points += [(steps, f"dose-{arm}-{steps}-{seed}") for steps in (125, 250, 1000, 2000)]
+            prob = {"zero": "1", "prev": "0.1"}[arm]
+            points = [(steps, f"past-{arm}-{prob}-{steps}-{seed}") for steps in (500, 2000)]
+            points += [(steps, f"dose-{arm}-{steps}-{seed}") for steps in (125, 250, 1000)]
+            points.append((0, f"cap100000-{seed}"))  # the base, on the same texts as the others
             points = sorted((steps, results.at(run, name)) for steps, run in points if run in results.curves)
             label_once = {"zero": "from zero", "prev": "State Passing"}[arm] if seed == SEEDS[0] else None
             axis.plot(*zip(*points), marker="o", color=COLORS[arm], label=label_once)
@@ -518,7 +520,7 @@ def wrong_figure(results):
 
 FIGURES = {  # name: (function, what it needs)
     "headline": (headline_figure, "cap-7"),
-    "dose": (dose_figure, "dose-prev-2000-3"),
+    "dose": (dose_figure, "dose-prev-1000-3"),
     "origin": (origin_figure, "official-0"),
     "past": (past_figure, "past-tbtt-1-500-3"),
     "wrong_state": (wrong_figure, ("wrong_state", "prev-7")),
