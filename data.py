@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -60,10 +61,9 @@ def read_documents(dataset):
     for path in paths:
         name = path.relative_to(root).as_posix()
         installed = python and "-packages/" in name  # not part of Python's library
-        if path.is_file() and not installed:
+        if path.is_file() and path.stat().st_size and not installed:
             with suppress(UnicodeDecodeError, PermissionError):
                 documents[name] = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    documents = {name: text for name, text in documents.items() if text}
     if not documents:
         raise ValueError(f"--dataset={dataset} holds no UTF-8 text")
     return documents
@@ -96,9 +96,10 @@ def train_bpe(texts, vocab_size):
     frequency = Counter()
     for text in tqdm(texts, "counting words", unit=" texts", disable=None):
         frequency.update(re.findall(PATTERN, text))
-    words = [
-        ([bytes([byte]) for byte in word.encode()], n) for word, n in frequency.items() if n > 1
-    ]  # words seen only once teach nothing
+    words = []
+    for word, n in frequency.items():
+        if n > 1:  # words seen only once teach nothing
+            words.append(([bytes([byte]) for byte in word.encode()], n))
     # counts[left + right]: how often the two are neighbours (a + aa counts as aa + a);
     # found_in[left + right]: the indices of the words in which they are.
     counts = Counter()
@@ -137,11 +138,7 @@ def train_bpe(texts, vocab_size):
 def make_tokenizer(spec, texts):
     """spec: "byte" (257 ids), "bpeN" (N ids, learnt from `texts`) or "gpt2" (tiktoken's, downloaded once)."""
     if spec == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            kind = type(error).__name__
-            raise ValueError(f"--tokenizer=gpt2 cannot be downloaded ({kind}): use bpe1024") from None
+        return tiktoken.get_encoding("gpt2")  # an OSError without internet
     number = re.fullmatch(r"bpe(\d{1,7})", spec)
     size = 257 if spec == "byte" else int(number[1]) if number else 0
     if size < 257:
@@ -150,32 +147,26 @@ def make_tokenizer(spec, texts):
     return tiktoken.Encoding(spec, special_tokens={SEPARATOR: size - 1}, **names)
 
 
-class HuggingFace:
-    """A tokenizer.json of the `tokenizers` library, behind those calls of a tiktoken.Encoding that we use."""
+def hugging_face(text):
+    """A tokenizer.json of the `tokenizers` library, behind what we use of a tiktoken.Encoding."""
+    from tokenizers import Tokenizer
 
-    def __init__(self, text):
-        from tokenizers import Tokenizer
-
-        self.name = "huggingface"
-        self.text = text
-        self.tokenizer = Tokenizer.from_str(text)
-        self.tokenizer.encode_special_tokens = True  # a separator that stands in a text is text
-        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
-        if self.tokenizer.token_to_id(SEPARATOR) is None:
-            raise ValueError(f"it has no {SEPARATOR}, which goes between documents")
-        self.decode = self.tokenizer.decode
-        self.encode_single_token = self.tokenizer.token_to_id
-
-    def encode_ordinary(self, text):
-        return self.encode_ordinary_batch([text])[0]
-
-    def encode_ordinary_batch(self, texts):
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    theirs = Tokenizer.from_str(text)
+    theirs.encode_special_tokens = True  # a separator that stands in a text is text
+    if theirs.token_to_id(SEPARATOR) is None:
+        raise ValueError(f"it has no {SEPARATOR}, which goes between documents")
+    return SimpleNamespace(
+        text=text,
+        n_vocab=max(theirs.get_vocab().values()) + 1,
+        encode_ordinary=lambda text: theirs.encode(text, add_special_tokens=False).ids,
+        encode_single_token=theirs.token_to_id,
+        decode=theirs.decode,
+    )
 
 
 def tokenizer_json(tokenizer):
     """A tokenizer as text: what is saved, and what its hash is taken of. (tiktoken has no public way.)"""
-    if isinstance(tokenizer, HuggingFace):
+    if isinstance(tokenizer, SimpleNamespace):
         return tokenizer.text
     ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
     ranks = [[base64.b64encode(token).decode(), rank] for token, rank in ranks]
@@ -193,7 +184,7 @@ def load_tokenizer(path, expected_hash=None, vocab_size=None):
             raise ValueError(f"its hash is {hash_of(text)}, not {expected_hash}")
         fields = json.loads(text)
         if "model" in fields:
-            tokenizer = HuggingFace(text)
+            tokenizer = hugging_face(text)
         else:
             ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
             names = {"pat_str": fields["pattern"], "mergeable_ranks": ranks}
@@ -218,9 +209,8 @@ def load_tokens(folder, name, tokenizer, texts):
         separator = tokenizer.encode_single_token(SEPARATOR)
         dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
         arrays = []
-        for i in tqdm(range(0, len(texts), 64), "encoding", unit=" x 64 texts", disable=None):
-            for ids in tokenizer.encode_ordinary_batch(texts[i : i + 64]):
-                arrays.append(np.array([*ids, separator], dtype=dtype))
+        for text in tqdm(texts, "encoding", unit=" texts", disable=None):
+            arrays.append(np.array([*tokenizer.encode_ordinary(text), separator], dtype=dtype))
         content = io.BytesIO()
         np.save(content, np.concatenate(arrays))
         path = folder / f"{name}-{hash_of(content.getbuffer())}.npy"

@@ -3,7 +3,6 @@
     model = Mamba2LM(Mamba2Config(vocab_size=1024, d_model=128, n_layer=2, headdim=32))
     logits, _, state = model(idx)                   # idx (b, l) token ids -> logits (b, l, vocab)
     _, loss, state = model(idx, targets, state)     # goes on from where the last call stopped
-    logits, state = model.step(token, state)        # one token, in constant time and memory
 
 A layer looks at the past in two ways: by a convolution over the last few tokens, and by the scan of
 scan_kernel.py. So its state has two parts: *conv*, the last d_conv - 1 inputs of the convolution, and *ssm*
@@ -23,11 +22,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from scan_kernel import ssd
-
-LOGITS_AT_ONCE = 2**26  # 256 MB in float32; more are computed in slices
 
 
 @dataclass
@@ -73,15 +69,13 @@ class GatedRMSNorm(nn.Module):
 class Mamba2(nn.Module):
     """A layer. From each token it projects z (a gate), x (what is written, times dt), B and C (where it is
     written and read) and, for each head, a time step dt > 0. A head with the rate A < 0 keeps exp(dt A) of
-    its state at each token, so it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the
-    scan."""
+    its state at each token, so it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the scan."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         h = config.nheads
-        in_width = config.d_inner + config.conv_dim + h  # z, the gate; x, B and C; dt
-        self.in_proj = nn.Linear(config.d_model, in_width, bias=False)
+        self.in_proj = nn.Linear(config.d_model, config.d_inner + config.conv_dim + h, bias=False)
         self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
@@ -89,15 +83,8 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(config.d_inner)
         self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
 
-    def project(self, inputs):
-        """inputs (..., d) -> z (..., h p), xBC (..., conv_dim), dt (..., h) in float32"""
-        sizes = (self.config.d_inner, self.config.conv_dim, self.config.nheads)
-        z, xBC, dt = self.in_proj(inputs).split(sizes, dim=-1)
-        return z, xBC, F.softplus(dt + self.dt_bias)
-
     def convolve(self, xBC, conv):
-        """xBC (b, l, conv_dim), its d_conv - 1 last inputs before or None -> convolved xBC, its last
-        inputs"""
+        """xBC (b, l, conv_dim), the d_conv - 1 inputs before or None -> convolved xBC, its last inputs"""
         b, l, width = xBC.shape
         if conv is None:
             conv = xBC.new_zeros(b, self.config.d_conv - 1, width)
@@ -108,37 +95,27 @@ class Mamba2(nn.Module):
         last = padded[:, l:].to(out.dtype, copy=True)  # float32; a view would keep all of `padded`
         return F.silu(out).to(xBC.dtype), last
 
-    def split(self, xBC):
-        """xBC (..., conv_dim) -> x (..., h, p), B (..., n), C (..., n)"""
-        x, B, C = xBC.split((self.config.d_inner, self.config.d_state, self.config.d_state), dim=-1)
-        return x.unflatten(-1, (self.config.nheads, self.config.headdim)), B, C
-
     def forward(self, inputs, state):
-        """inputs (b, l, d), state (conv, ssm) -> (b, l, d), state after the last token"""
+        """inputs (b, l, d), state (conv, ssm), each may be None -> (b, l, d), state after the last token"""
+        config = self.config
         l = inputs.shape[1]
         conv, ssm = state
-        z, xBC, dt = self.project(inputs)
+
+        # What each token says.
+        z, xBC, dt = self.in_proj(inputs).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
         xBC, conv = self.convolve(xBC, conv)
-        x, B, C = self.split(xBC)
+        x, B, C = xBC.split((config.d_inner, config.d_state, config.d_state), dim=-1)  # B, C: (b, l, n)
+        x = x.unflatten(-1, (config.nheads, config.headdim))  # (b, l, h, p)
+        dt = F.softplus(dt + self.dt_bias)  # (b, l, h), float32
+
+        # What is remembered of it.
         a = -torch.exp(self.A_log) * dt  # (b, l, h); a larger step forgets more
         u = (x * dt[..., None]).to(x.dtype)  # (b, l, h, p); and writes more
-        chunk = min(self.config.chunk, 1 << (l - 1).bit_length())  # no longer than the power of two >= l
-        y, ssm = ssd(u, a, B, C, ssm, chunk, self.config.backend)
+        chunk = min(config.chunk, 1 << (l - 1).bit_length())  # no longer than the power of two >= l
+        y, ssm = ssd(u, a, B, C, ssm, chunk, config.backend)
+
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
         return self.out_proj(self.norm(y.flatten(-2), z)), (conv, ssm)
-
-    def step(self, inputs, state):
-        """The same for one token, without chunks: inputs (b, d), state (conv, ssm) -> (b, d), state"""
-        conv, ssm = state
-        z, xBC, dt = self.project(inputs)
-        window = torch.cat([conv, xBC[:, None]], dim=1)  # (b, d_conv, conv_dim)
-        xBC = (window * self.conv1d.weight[:, 0].T).sum(1) + self.conv1d.bias
-        x, B, C = self.split(F.silu(xBC))
-        decay = torch.exp(-torch.exp(self.A_log) * dt)  # (b, h)
-        u = dt[..., None] * x  # (b, h, p)
-        ssm = decay[..., None, None] * ssm + u[..., None] * B[:, None, None]  # (b, h, p, n)
-        y = torch.einsum("bhpn,bn->bhp", ssm, C) + self.D[:, None] * x
-        return self.out_proj(self.norm(y.flatten(1), z)), (window[:, 1:], ssm)
 
 
 class Block(nn.Module):
@@ -193,9 +170,8 @@ class Mamba2LM(nn.Module):
             if config.A_init == "uniform":
                 mixer.A_log.copy_(torch.log(low + (high - low) * torch.rand(h)))
             else:  # head i in the i-th part: some forget slowly, whatever the seed
-                mixer.A_log.copy_(
-                    math.log(low) + math.log(high / low) * (torch.arange(h) + torch.rand(h)) / h
-                )
+                place = (torch.arange(h) + torch.rand(h)) / h  # in [0, 1)
+                mixer.A_log.copy_(math.log(low) + math.log(high / low) * place)
 
     def zero_state(self, b):
         """The state before any token. All layers share the same two tensors."""
@@ -224,82 +200,56 @@ class Mamba2LM(nn.Module):
 
     def per_token_nll(self, idx, targets, state=None):
         """idx, targets (b, l) -> negative log-likelihood of each target (b, l) in nats, float32; state"""
-
-        def nll(hidden, targets):
-            return F.cross_entropy(self.lm_head(hidden).float(), targets, reduction="none")
-
         hidden, state = self.hidden(idx, state)
-        hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
-        rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        if len(hidden) <= rows:
-            return nll(hidden, flat_targets).view(idx.shape), state
-        parts = zip(hidden.split(rows), flat_targets.split(rows))
-        # The backward pass computes each slice again: nothing of it is kept.
-        nlls = [checkpoint(nll, *part, use_reentrant=False) for part in parts]
-        return torch.cat(nlls).view(idx.shape), state
-
-    @torch.no_grad()
-    def step(self, token, state):
-        """token (b,), state -> logits (b, vocab), state"""
-        x = self.backbone.embedding(token)  # (b, d)
-        new_state = []
-        for block, layer_state in zip(self.backbone.layers, state, strict=True):
-            y, layer_state = block.mixer.step(block.norm(x), layer_state)
-            x = x + y
-            new_state.append(layer_state)
-        return self.lm_head(self.backbone.norm_f(x)), new_state
+        logits = self.lm_head(hidden).float()  # (b, l, vocab)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (b l)
+        return nll.view(idx.shape), state
 
     @torch.no_grad()
     def generate(self, idx, length, temperature=1.0, generator=None):
-        """Goes on from the prompt idx (b, l) -> (b, length). Temperature 0: always the likeliest token."""
-        hidden, state = self.hidden(idx)
-        logits = self.lm_head(hidden[:, -1])
+        """Goes on from the prompt idx (b, l) -> (b, length). Temperature 0: always the likeliest token. The
+        state holds all that came before, so each token takes the same time and memory."""
         out = []
+        state = None
         for _ in range(length):
+            hidden, state = self.hidden(idx, state)
+            logits = self.lm_head(hidden[:, -1])  # (b, vocab)
             if temperature == 0:
-                token = logits.argmax(-1)
+                idx = logits.argmax(-1, keepdim=True)  # (b, 1)
             else:
-                probabilities = (logits / temperature).softmax(-1)
-                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            out.append(token)
-            logits, state = self.step(token, state)
-        return torch.stack(out, dim=1)
+                idx = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            out.append(idx)
+        return torch.cat(out, dim=1)
 
     @classmethod
     def from_pretrained(cls, folder):
         """An official Mamba-2 checkpoint: a folder with config.json and pytorch_model.bin (mamba_ssm) or
         model.safetensors (transformers). ValueError names what differs from the architecture here."""
-        folder = Path(folder)
-        text = (
-            folder / "config.json"
-        ).read_text()  # transformers may write infinity as {"__float__": "Infinity"}
+        text = (Path(folder) / "config.json").read_text()
+        # (transformers may write infinity as {"__float__": "Infinity"}.)
         fields = json.loads(text, object_hook=lambda d: math.inf if "__float__" in d else d)
-        if "hidden_size" in fields:  # by transformers
+        if "hidden_size" in fields:  # by transformers: under the names of mamba_ssm
             names = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state"}
             names |= {"head_dim": "headdim", "conv_kernel": "d_conv", "tie_word_embeddings": "tie_embeddings"}
             names |= {"n_groups": "ngroups", "use_bias": "bias", "use_conv_bias": "conv_bias"}
             names |= {"time_step_limit": "dt_limit"}
             fields = {"tie_embeddings": False} | {names.get(k, k): value for k, value in fields.items()}
-        else:  # by mamba_ssm
+        else:
             fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})
         # What other models may have, and the only value of it that is implemented here.
         only = {"model_type": "mamba2", "layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True}
         only |= {"attn_layer_idx": [], "d_intermediate": 0, "D_has_hdim": False, "norm_before_gate": False}
-        only |= {
-            "dt_limit": [0, math.inf],
-            "rms_norm": True,
-            "hidden_act": "silu",
-            "layer_norm_epsilon": 1e-5,
-        }
+        only |= {"dt_limit": [0, math.inf], "rms_norm": True, "hidden_act": "silu"}
+        only |= {"layer_norm_epsilon": 1e-5}
         for name, value in only.items():
             if fields.get(name, value) != value:
                 raise ValueError(f"{name}={fields[name]} is not implemented here, only {value} is")
-        if (folder / "model.safetensors").exists():
+        if (Path(folder) / "model.safetensors").exists():
             from safetensors.torch import load_file
 
-            weights = load_file(folder / "model.safetensors")
+            weights = load_file(Path(folder) / "model.safetensors")
         else:
-            weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            weights = torch.load(Path(folder) / "pytorch_model.bin", map_location="cpu", weights_only=True)
         weights = {name.replace(".embeddings.", ".embedding."): weight for name, weight in weights.items()}
         embedding = weights["backbone.embedding.weight"]  # (vocab_size, rounded up; d_model)
         if fields.get("tie_embeddings", True):
@@ -315,27 +265,23 @@ def load_run(folder, device="cpu"):
     """-> (model in eval mode, checkpoint: a dict of tensors and plain values) of a run of train.py, or of an
     official checkpoint, of which we only know that T was 2,048. ValueError, in one line, if it cannot be
     used. Nothing but tensors and plain values is loaded: a file cannot run code."""
-    folder = Path(folder)
     try:
-        if (folder / "config.json").exists():
+        if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
             args = {"seq_len": 2048, "batch_size": 8, "dataset": "python"}
             args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py's defaults: neither is used
             checkpoint = {"args": args, "step": 0, "corpus_hash": None, "tokenizer_hash": None}
         else:
-            with zipfile.ZipFile(folder / "ckpt.pt") as archive:  # torch.load does not notice a flipped bit
+            path = Path(folder) / "ckpt.pt"
+            with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped bit
                 if archive.testzip():
                     raise ValueError("it is damaged")
-            checkpoint = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             model = Mamba2LM(Mamba2Config(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
-    except ImportError as error:
-        raise ValueError(f"{folder} needs another package: pip install {error.name}") from None
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no checkpoint: {error.filename} is not there") from None
     except Exception as error:  # noqa: BLE001 (a damaged file can raise anything)
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} holds no whole checkpoint ({type(error).__name__}: {reason})") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"{folder} holds no checkpoint that can be used ({reason})") from None
     return model.to(device).eval(), checkpoint
 
 

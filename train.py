@@ -1,9 +1,9 @@
 """Trains a small Mamba-2 whose training windows start from a state of your choice.
 
-    python train.py --init_state=prev                                    from scratch -> out/prev
+    python train.py --init_state=prev                                        from scratch -> out/prev
     python train.py --init_state=prev --init_from=out/zero --out=out/post    post-training of a trained model
-    python train.py --out=out/prev --resume                              goes on from the last checkpoint
-    torchrun --nproc_per_node=2 train.py --init_state=prev               by several GPUs, or CPU processes
+    python train.py --out=out/prev --resume                                  goes on from the last checkpoint
+    torchrun --nproc_per_node=2 train.py --init_state=prev                   by several GPUs, or CPU processes
 
 A recurrent model is usually trained on windows of T tokens that start from the state 0. It never meets the
 states that a longer text leads to, and may fail on them. "Understanding and Improving Length Generalization
@@ -21,7 +21,6 @@ The model, the loss and T stay the same. Only tbtt takes other batches.
 
 import argparse
 import atexit
-import functools
 import json
 import math
 import os
@@ -41,6 +40,161 @@ from tqdm import tqdm
 
 import data
 from model import Mamba2Config, Mamba2LM, choose_device, load_run
+
+# Which process of how many this is: 0 of 1, unless torchrun has started several. Each draws the whole batch
+# and takes its rows of it; process 0 prints and writes.
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+# ------------------------------------------------------------------------------------------------------------
+# The initial state: the idea of this project
+
+# Of fitted: batches that are measured before training, steps between two measurements, weight of a new one.
+CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
+
+
+class InitialState:
+    """The state before the first token of each training window: a pair (conv, ssm) for each layer. `draw`
+    makes it for the next step, `observe` sees the state after the last token. What is kept in between is in
+    `memory`, as lists of a tensor for each layer: "ssm" (in tbtt "conv" too), or for fitted "mean" and
+    "mean_square".
+
+    The mode decides on ssm, the matrices of the scan. conv, the last inputs of the convolution, is zero
+    except in tbtt, where these tokens really come before (the paper does not say; this is our choice)."""
+
+    def __init__(self, args, device, memory):
+        self.mode = args.init_state  # the name of the mode, not a state
+        self.noise_std = args.noise_std
+        self.init_prob = args.init_prob
+        self.seed = args.seed
+        self.device = device
+        self.memory = memory
+
+    def draw(self, model, b, step):
+        """-> the state that b windows start from; None stands for zeros"""
+        if self.mode == "zero":
+            return None
+        conv, ssm = map(list, zip(*model.zero_state(b)))  # a tensor for each layer; ssm: (b, h, p, n)
+        if self.mode == "noise":
+            ssm = [self.noise_std * z for z in self.noise(ssm, step)]
+        elif self.mode == "fitted":
+            for i, z in enumerate(self.noise(ssm, step)):
+                mean = self.memory["mean"][i][:, None, None]  # (h, 1, 1)
+                mean_square = self.memory["mean_square"][i][:, None, None]  # (h, 1, 1)
+                ssm[i] = mean + (mean_square - mean**2).clamp(min=0).sqrt() * z
+        else:  # prev and tbtt: row i starts where row i of the last step ended; the first step's, from zero
+            ssm = self.memory.get("ssm", ssm)
+            conv = self.memory.get("conv", conv)
+        for t in (*conv, *ssm):
+            t[: self.first_row(b)] = 0  # in place, in memory too: these rows always start from zero
+        return list(zip(conv, ssm))
+
+    def observe(self, state):
+        """state: after the last token. Detached: no gradient reaches the step before."""
+        if self.mode in ("prev", "tbtt"):
+            self.memory["ssm"] = [ssm.detach() for _, ssm in state]
+        if self.mode == "tbtt":
+            self.memory["conv"] = [conv.detach() for conv, _ in state]
+
+    @torch.no_grad()
+    def fit(self, model, inputs, rate):
+        """For fitted: moves the mean and mean square of each layer and head towards those of the states after
+        these windows. They start from 0: from fitted noise, the noise would be fitted to itself."""
+        _, state = model.hidden(inputs)
+        means = {
+            "mean": [ssm.mean((0, 2, 3)) for _, ssm in state],  # each (h)
+            "mean_square": [(ssm**2).mean((0, 2, 3)) for _, ssm in state],
+        }
+        for name, tensors in means.items():
+            new = [mean_over_processes(t) for t in tensors]
+            old = self.memory.get(name, new)
+            self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(old, new)]
+
+    def noise(self, ssm, step):
+        """Standard normal tensors like those in ssm: a function of seed and step, for all processes."""
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)
+        shape = (WORLD * len(ssm[0]), *ssm[0].shape[1:])
+        return [own_rows(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
+
+    def first_row(self, b):
+        """Of b rows, the first that gets a state: always the last rows do, so that these can pass it on."""
+        rows = WORLD * b
+        with_state = max(1, round(self.init_prob * rows)) if self.init_prob > 0 else 0
+        return min(max(rows - with_state - RANK * b, 0), b)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other parts of a step
+
+WARMUP, FINAL_LR = 0.1, 0.1  # shares of the steps and of the peak; in between a cosine
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
+
+
+def learning_rate(step, args):
+    warmup = max(1, round(WARMUP * args.steps))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model, device):
+    """AdamW; only matrices decay."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=BETAS, fused=device.type != "mps")
+
+
+def get_batch(tokens, args, init, step):
+    """(b, T + 1) ids: random windows. In tbtt, rows that get a state go on with the text where they were."""
+    which = (tokens, WORLD * args.batch_size, args.seq_len, args.seed, step)
+    batch = own_rows(data.random_windows(*which))
+    if args.init_state == "tbtt":
+        first = init.first_row(args.batch_size)
+        batch[first:] = own_rows(data.next_windows(*which))[first:]
+    return batch.to(init.device)
+
+
+@torch.no_grad()
+def validate(model, tokens, T, device):
+    """Two mean losses (nats/token) of the same held-out tokens, those from 32 T to 64 T of 16 texts: in
+    windows from a zero state, and after all that comes before, the state carried over."""
+    windows = []
+    carried = []
+    state = None
+    for i in range(64):
+        batch = data.next_windows(tokens, 16, T, seed=0, step=i).to(device)
+        _, loss, state = model(batch[:, :-1], batch[:, 1:], state)
+        if i >= 32:
+            carried.append(loss)
+            windows.append(model(batch[:, :-1], batch[:, 1:])[1])
+    window_loss, carried_loss = (torch.stack(losses).mean().item() for losses in (windows, carried))
+    return {"window_loss": window_loss, "carried_loss": carried_loss}
+
+
+def choose_dtype(name, device):
+    """auto: bfloat16 where the hardware multiplies it by itself, float32 elsewhere."""
+    if name != "auto":
+        return name
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, check, bool)() for check in checks)  # bool() is False: torch is too old
+    return "bfloat16" if fast else "float32"
+
+
+def compile_layers(model, device):
+    # On a CPU, keep the convolution's inputs, not compute them again for each of its terms: 5 to 15 % faster.
+    options = {"realize_reads_threshold": 2} if device.type == "cpu" else None
+    for block in model.backbone.layers:
+        block.compile(dynamic=False, options=options)
+
+
+def eager():
+    """A context where nothing runs compiled: other shapes than training's would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Flags. Some have other defaults in a preset, or in post-training.
@@ -108,8 +262,8 @@ def parse(argv):
     says which flag is wrong; nothing has been written then."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    model, checkpoint = None, None
     out = args.out or f"out/{args.init_state}"
+    model, checkpoint = None, None
     defaults = PRESETS[args.preset]
     fixed = {}  # flags that have to be as in the other run
     if args.resume:
@@ -141,11 +295,7 @@ def parse(argv):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun. Each draws the whole batch and takes its rows; process 0 prints and
-# writes. For a single process all of this does nothing.
-
-RANK = int(os.environ.get("RANK", "0"))
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+# Several processes. For a single one all of this does nothing.
 
 
 def join_processes():
@@ -179,180 +329,19 @@ def mean_over_processes(tensor):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The initial state: the idea of this project
-
-# Of fitted: batches that are measured before training, steps between two measurements, weight of a new one.
-CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
-
-
-class InitialState:
-    """The state before the first token of each training window: a pair (conv, ssm) for each layer. `draw`
-    makes it for the next step, `observe` sees the state after the last token. What is remembered in between
-    is in `memory`: "ssm", and "conv" in tbtt, or for fitted "mean" and "mean_square"; lists of a tensor for
-    each layer.
-
-    The mode decides on ssm, the matrices of the scan. conv, the last inputs of the convolution, is zero
-    except in tbtt, where these tokens really come before (the paper does not say; this is our choice)."""
-
-    def __init__(self, args, device, memory):
-        self.mode = args.init_state  # the name of the mode, not a state
-        self.noise_std = args.noise_std
-        self.init_prob = args.init_prob
-        self.seed = args.seed
-        self.device = device
-        self.memory = memory
-
-    def first_row(self, b):
-        """Of b rows, the first that gets a state; those before it always start from zero. So the others
-        pass their states on without a break."""
-        rows = WORLD * b
-        with_state = max(1, round(self.init_prob * rows)) if self.init_prob > 0 else 0
-        return min(max(rows - with_state - RANK * b, 0), b)
-
-    def noise(self, ssm, step):
-        """Standard normal tensors of the shapes of ssm: the same after a resume, and for any number of
-        processes."""
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)
-        shape = (WORLD * len(ssm[0]), *ssm[0].shape[1:])
-        return [own_rows(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
-
-    def draw(self, model, b, step):
-        """-> the state that b windows start from; None stands for zeros"""
-        if self.mode == "zero":
-            return None
-        conv, ssm = map(list, zip(*model.zero_state(b)))  # a tensor for each layer; ssm: (b, h, p, n)
-        if self.mode == "noise":
-            ssm = [self.noise_std * z for z in self.noise(ssm, step)]
-        elif self.mode == "fitted":
-            for i, z in enumerate(self.noise(ssm, step)):
-                mean = self.memory["mean"][i][:, None, None]  # (h, 1, 1)
-                mean_square = self.memory["mean_square"][i][:, None, None]  # (h, 1, 1)
-                ssm[i] = mean + (mean_square - mean**2).clamp(min=0).sqrt() * z
-        else:  # prev and tbtt: row i starts where row i of the last step ended; the first step's, from zero
-            ssm = self.memory.get("ssm", ssm)
-            conv = self.memory.get("conv", conv)
-        for t in (*conv, *ssm):
-            t[: self.first_row(b)] = 0  # in place, in memory too: these rows always start from zero
-        return list(zip(conv, ssm))
-
-    def observe(self, state):
-        """state: after the last token. Detached: no gradient reaches the step before."""
-        if self.mode in ("prev", "tbtt"):
-            self.memory["ssm"] = [ssm.detach() for _, ssm in state]
-        if self.mode == "tbtt":
-            self.memory["conv"] = [conv.detach() for conv, _ in state]
-
-    @torch.no_grad()
-    def fit(self, model, inputs, rate):
-        """For fitted: moves the mean and mean square of each layer and head towards those of the states
-        after these windows, each started from 0. (Started from fitted noise they would still hold some of
-        it, and the noise would be fitted to itself.)"""
-        _, state = model.hidden(inputs)
-        means = {
-            "mean": [ssm.mean((0, 2, 3)) for _, ssm in state],  # each (h)
-            "mean_square": [(ssm**2).mean((0, 2, 3)) for _, ssm in state],
-        }
-        for name, tensors in means.items():
-            new = [mean_over_processes(t) for t in tensors]
-            old = self.memory.get(name, new)
-            self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(old, new)]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The other parts of a step
-
-WARMUP, FINAL_LR = 0.1, 0.1  # shares of the steps and of the peak; in between a cosine
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
-
-
-def learning_rate(step, args):
-    warmup = max(1, round(WARMUP * args.steps))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(model, device):
-    """AdamW; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=BETAS, fused=device.type != "mps")
-
-
-def get_batch(tokens, args, init, step):
-    """(b, T + 1) ids: random windows. In tbtt, rows that get a state go on with the text where they were."""
-    which = (tokens, WORLD * args.batch_size, args.seq_len, args.seed, step)
-    batch = own_rows(data.random_windows(*which))
-    if args.init_state == "tbtt":
-        first = init.first_row(args.batch_size)
-        batch[first:] = own_rows(data.next_windows(*which))[first:]
-    return batch.to(init.device)
-
-
-@torch.no_grad()
-def validate(model, tokens, T, device):
-    """Mean losses (nats/token) on held-out text, always the same: in windows of T tokens from a zero state
-    (an estimate of eval_long.py's window loss), and over the tokens 32 T to 64 T of texts, the state
-    carried over."""
-    windows = data.random_windows(tokens, max(16, 32768 // T), T, seed=0, step=0).to(device)
-    _, window_loss, _ = model(windows[:, :-1], windows[:, 1:])
-    state = None
-    carried = []
-    for i in range(64):
-        batch = data.next_windows(tokens, 16, T, seed=0, step=i).to(device)
-        _, loss, state = model(batch[:, :-1], batch[:, 1:], state)
-        carried.append(loss)
-    carried_loss = torch.stack(carried[32:]).mean()
-    return {"window_loss": window_loss.item(), "carried_loss": carried_loss.item()}
-
-
-def choose_dtype(name, device):
-    """auto: bfloat16 where the hardware multiplies it by itself, float32 elsewhere."""
-    if name != "auto":
-        return name
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, check, bool)() for check in checks)  # bool() is False: torch is too old
-    return "bfloat16" if fast else "float32"
-
-
-def compile_layers(model, device):
-    # On a CPU, the inputs of the convolution are kept, not computed again for each of its d_conv terms: 5 to
-    # 15 % less time.
-    options = {"realize_reads_threshold": 2} if device.type == "cpu" else None
-    for block in model.backbone.layers:
-        block.compile(dynamic=False, options=options)
-
-
-def eager():
-    """A context where nothing runs compiled: other shapes than training's would be compiled anew."""
-    return torch.compiler.set_stance("force_eager")
-
-
-# ------------------------------------------------------------------------------------------------------------
 # A run on disk: ckpt.pt, tokenizer.json, log.jsonl
 
 
-@functools.cache  # asked once, not at every checkpoint
-def git_commit():
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git here
-        return None
-
-
-def save(args, step, model, optimizer, init, corpus):
-    """Writes the checkpoint: plain values and tensors, and what one needs to know to make the same run
-    again."""
+def save(args, step, model, optimizer, init, corpus, log):
+    """Writes the log, a row a line, and the checkpoint: plain values and tensors, with all that one needs to
+    go on, or to make the same run again."""
     memory = init.memory
     if "ssm" in memory:  # each process has its own rows; the means of fitted are the same in all
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
+    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
+    versions = {"git": subprocess.getoutput(git), "python": platform.python_version()}
     content = {
         "config": asdict(model.config) | {"backend": None},  # that is the machine's business
         "args": vars(args),
@@ -361,21 +350,19 @@ def save(args, step, model, optimizer, init, corpus):
         "processes": WORLD,
         "corpus_hash": corpus.hash,
         "tokenizer_hash": corpus.tokenizer_hash,
-        "made_by": {
-            "git": git_commit(),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        "made_by": versions | {"torch": str(torch.__version__)},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "memory": memory,
+        "log": log,
     }
+    lines = "".join(json.dumps(row) + "\n" for row in log)
+    data.write_whole(Path(args.out) / "log.jsonl", lines.encode())
     data.write_whole(Path(args.out) / "ckpt.pt", lambda file: torch.save(content, file))
 
 
 def restore(checkpoint, args, corpus, optimizer, device):
-    """-> the step to go on with, and the memory of InitialState. The log loses what comes after the
-    checkpoint."""
+    """-> the step to go on with, the memory of InitialState and the log"""
     if checkpoint["processes"] != WORLD:
         raise ValueError(f"{args.out} was trained by {checkpoint['processes']} processes: take as many")
     if checkpoint["corpus_hash"] != corpus.hash:
@@ -385,51 +372,12 @@ def restore(checkpoint, args, corpus, optimizer, device):
     if "ssm" in memory:
         memory = {name: [own_rows(t) for t in tensors] for name, tensors in memory.items()}
     memory = {name: [t.to(device) for t in tensors] for name, tensors in memory.items()}
-    if RANK == 0:
-        log = Path(args.out) / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= checkpoint["step"]]
-        data.write_whole(log, "".join(kept).encode())
-    return checkpoint["step"], memory
-
-
-def save_tokenizer(args, corpus):
-    if RANK == 0:
-        content = data.tokenizer_json(corpus.tokenizer).encode()
-        data.write_whole(Path(args.out) / "tokenizer.json", content)
-
-
-def mean_sd(state):
-    """Of a state: the standard deviation of the numbers in ssm, mean over the layers."""
-    return torch.stack([ssm.std() for _, ssm in state]).mean().item()
-
-
-def print_sample(model, tokenizer, seed, device):
-    separator = torch.tensor([[tokenizer.encode_single_token(data.SEPARATOR)]], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    sample = model.eval().generate(separator, 256, generator=generator)
-    print(f"\n256 tokens of its own:\n\n{tokenizer.decode(sample[0].tolist())}\n")
-
-
-def write_log(args, row, bar):
-    """A line for people, and one for machines."""
-    line = "step {step:6,}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  state sd {state_sd:.3f}"
-    bar.write((line + " {tokens_per_s:8,.0f} tok/s").format(**row))
-    if "window_loss" in row:
-        bar.write(
-            "held-out loss {window_loss:.4f} in windows, {carried_loss:.4f} at 32 T to 64 T".format(**row)
-        )
-    if RANK == 0:
-        with open(Path(args.out) / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------------------
+    return checkpoint["step"], memory, checkpoint["log"]
 
 
 def prepare_corpus(args, model, checkpoint):
-    tokenizer = args.tokenizer  # its name, or, if there is a run to go on with, the tokenizer itself
+    """With the tokenizer of the run to go on with, if there is one. It is put beside the checkpoints."""
+    tokenizer = args.tokenizer
     if checkpoint:
         folder = args.out if args.resume else args.init_from
         tokenizer = data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
@@ -457,6 +405,24 @@ def prepare_model(args, model, corpus, device, autocast):
     return model
 
 
+def print_row(row, bar):
+    line = "step {step:6,}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  {tokens_per_s:8,.0f} tok/s"
+    held_out = "held-out loss {window_loss:.4f} in windows, {carried_loss:.4f} at 32 T to 64 T"
+    bar.write(line.format(**row))
+    if "window_loss" in row:
+        bar.write(held_out.format(**row))
+
+
+def print_sample(model, tokenizer, seed, device):
+    separator = torch.tensor([[tokenizer.encode_single_token(data.SEPARATOR)]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    sample = model.eval().generate(separator, 256, generator=generator)
+    print(f"\n256 tokens of its own:\n\n{tokenizer.decode(sample[0].tolist())}\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     # What to train, and on what.
     torch.set_flush_denormal(True)  # products of many decays: below 1e-38 they take a CPU ten times longer
@@ -472,7 +438,9 @@ def main(argv=None):
     optimizer = make_optimizer(model, device)
 
     # Where to begin.
-    step, memory = restore(checkpoint, args, corpus, optimizer, device) if args.resume else (0, {})
+    step, memory, log = 0, {}, []
+    if args.resume:
+        step, memory, log = restore(checkpoint, args, corpus, optimizer, device)
     init = InitialState(args, device, memory)
     if args.init_state == "fitted" and not memory:
         for i in tqdm(range(CALIBRATE_STEPS), "states from zero", disable=None):
@@ -480,8 +448,10 @@ def main(argv=None):
             with autocast, eager():
                 init.fit(model, batch[:, :-1], rate=1 / (i + 1))  # so: the plain mean of all
     if not args.resume:
-        save_tokenizer(args, corpus)
-        save(args, step, model, optimizer, init, corpus)
+        if RANK == 0:
+            tokenizer = data.tokenizer_json(corpus.tokenizer)
+            data.write_whole(Path(args.out) / "tokenizer.json", tokenizer.encode())
+        save(args, step, model, optimizer, init, corpus, log)
     print(f"after Ctrl-C or a power cut, go on with --out={args.out} --resume\n")
 
     # The loop. Three of its lines are what this project is about: draw, the pass that starts there, observe.
@@ -519,13 +489,14 @@ def main(argv=None):
         if step % args.log_every == 0 or saving:
             tokens_per_s = WORLD * inputs.numel() * len(losses) / (time.perf_counter() - clock)
             row = {"step": step, "loss": sum(losses) / len(losses), "lr": learning_rate(step - 1, args)}
-            row |= {"grad_norm": grad_norm, "state_sd": mean_sd(final_state), "tokens_per_s": tokens_per_s}
+            row |= {"grad_norm": grad_norm, "tokens_per_s": tokens_per_s}
             if saving:
                 with autocast, eager():
                     row |= validate(model, corpus.val, args.seq_len, device)
-            write_log(args, row, bar)
+            print_row(row, bar)
+            log.append(row)
             if saving:
-                save(args, step, model, optimizer, init, corpus)
+                save(args, step, model, optimizer, init, corpus, log)
             losses, clock = [], time.perf_counter()
     bar.close()
 
