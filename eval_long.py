@@ -7,18 +7,16 @@
 Some positions happen to hold harder text than others. So each token is predicted twice, by the same model:
 
     full        after all the t tokens before it: one pass, in segments that carry the state over
-    restarted   after only the last T/2 to T of them: windows of T tokens that overlap by half, each from a
-                zero state, of which the second half counts, so that each token counts once. That is what
-                the model was trained for.
+    restarted   after only the last T/2 to T of them, from a zero state, as in training: in windows of T
+                tokens that overlap by half, of which the second half counts, so that each token counts once
 
 The *excess* is the mean loss (full) minus the mean loss (restarted), in nats/token, over the same tokens:
 those with t in (T/2, T], (T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not
 generalize in length. Below 0, it helps. (In the first bucket both predictions are the same.) The *window
 loss* is the mean loss over all restarted windows: between runs, it shows what training from other states
-costs within T. All losses are in float32, whatever the training was in."""
+costs within T. All is computed in float32, whatever the training was in."""
 
 import argparse
-import hashlib
 import json
 import math
 from itertools import pairwise
@@ -36,14 +34,12 @@ TOKENS_AT_ONCE = 1024  # of a forward pass, in all sequences together: what fits
 
 def choose_starts(tokens, length, sequences=None, seed=0):
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
-    None: as many as fit, at most 8. ValueError says what would fit."""
+    None: as many as fit, at most 8. A ValueError says what would fit."""
     fit = len(tokens) // (length + 1)
     sequences = sequences or max(1, min(fit, 8))
     if fit < sequences:
         longest = max(0, len(tokens) // sequences - 1)
-        raise ValueError(
-            f"{sequences} x {length:,} tokens do not fit into the text: --max_len={longest} would"
-        )
+        raise ValueError(f"{sequences} x {length:,} tokens do not fit in the text: --max_len={longest} would")
     slot = len(tokens) // sequences
     return np.arange(sequences) * slot + np.random.default_rng(seed).integers(slot - length, size=sequences)
 
@@ -215,22 +211,18 @@ def main(argv=None):
     for run, (model, checkpoint) in runs.items():
         T = checkpoint["args"]["seq_len"]
         length = args.max_len // (T // 2) * (T // 2)
-        weights = b"".join(
-            w.cpu().contiguous().view(torch.uint8).numpy().tobytes() for w in model.parameters()
-        )
-        key = {"weights": hashlib.sha256(weights).hexdigest()[:12], "corpus_hash": corpus.hash}
+        weights = [w.detach().cpu().numpy().tobytes() for w in model.parameters()]
+        key = {"weights": data.hash_of(b"".join(weights)), "corpus_hash": corpus.hash}
         key |= {"init_state": checkpoint["args"].get("init_state", "zero"), "seq_len": T}
         key |= {"max_len": length, "sequences": len(starts), "seed": args.seed}
         rows = [row for row in known if key.items() <= row.items()]
         if rows:
             print(f"{run} is in {path} already")
         else:
-            with tqdm(
-                total=len(starts) * length, desc=run, unit=" tokens", unit_scale=True, disable=None
-            ) as bar:
+            total = len(starts) * length
+            with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
                 rows = evaluate(model, corpus.val, starts, length, T, bar)
-            facts = {"run": run, "step": checkpoint["step"]}
-            rows = [facts | key | row for row in rows]
+            rows = [{"run": run, "step": checkpoint["step"]} | key | row for row in rows]
             known += rows
             data.write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
         results[run] = rows

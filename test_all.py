@@ -878,6 +878,23 @@ def test_tables_in_the_readmes_were_measured():
         assert set(re.findall(r"<!-- (?!end)(\w+) -->", text)) <= set(found)
 
 
+# In sentences, but no results: the mark for "repaired", aims, a share, the name of a paper, versions.
+NOT_MEASURED = {"0.05", "0.5", "0.03", "0.1", "2507.02782", "3.10", "3.11"}
+
+
+@pytest.mark.parametrize("path", ["README.md", "results/README.md"])
+def test_numbers_in_sentences_stand_in_a_table(path):
+    """Each decimal number in a sentence is one of the tables of its section, rounded."""
+    for section in re.split("^## ", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE):
+        lines = section.splitlines()
+        tables = " ".join(line for line in lines if line.startswith(("|", "    ")))
+        known = [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?", tables)]
+        words = " ".join(line for line in lines if not line.startswith(("|", "    ")))
+        for number in set(re.findall(r"\d+\.\d+", words)) - NOT_MEASURED:
+            places = len(number.partition(".")[2])
+            assert any(f"{value:.{places}f}" == number for value in known), (section[:40], number)
+
+
 def test_base_run_is_small_and_cannot_be_resumed(capsys):
     """results/base: weights only, below 3 MB; --resume is refused in a line that says what to do instead."""
     folder = ROOT / "results/base"

@@ -333,8 +333,8 @@ def mean_over_processes(tensor):
 
 
 def save(args, step, model, optimizer, init, corpus, log):
-    """Writes the log, a row a line, and the checkpoint: plain values and tensors, with all that one needs to
-    go on, or to make the same run again."""
+    """Writes the tokenizer, the checkpoint (plain values and tensors: all that one needs to go on, or to make
+    the same run again) and the log, a row a line."""
     memory = init.memory
     if "ssm" in memory:  # each process has its own rows; the means of fitted are the same in all
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
@@ -356,9 +356,10 @@ def save(args, step, model, optimizer, init, corpus, log):
         "memory": memory,
         "log": log,
     }
-    lines = "".join(json.dumps(row) + "\n" for row in log)
-    data.write_whole(Path(args.out) / "log.jsonl", lines.encode())
-    data.write_whole(Path(args.out) / "ckpt.pt", lambda file: torch.save(content, file))
+    out = Path(args.out)
+    data.write_whole(out / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode())
+    data.write_whole(out / "ckpt.pt", lambda file: torch.save(content, file))
+    data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
 
 
 def restore(checkpoint, args, corpus, optimizer, device):
@@ -376,7 +377,7 @@ def restore(checkpoint, args, corpus, optimizer, device):
 
 
 def prepare_corpus(args, model, checkpoint):
-    """With the tokenizer of the run to go on with, if there is one. It is put beside the checkpoints."""
+    """With the tokenizer of the run to go on with, if there is one."""
     tokenizer = args.tokenizer
     if checkpoint:
         folder = args.out if args.resume else args.init_from
@@ -447,11 +448,7 @@ def main(argv=None):
             batch = get_batch(corpus.train, args, init, args.steps + i)  # batches that training does not use
             with autocast, eager():
                 init.fit(model, batch[:, :-1], rate=1 / (i + 1))  # so: the plain mean of all
-    if not args.resume:
-        if RANK == 0:
-            tokenizer = data.tokenizer_json(corpus.tokenizer)
-            data.write_whole(Path(args.out) / "tokenizer.json", tokenizer.encode())
-        save(args, step, model, optimizer, init, corpus, log)
+    save(args, step, model, optimizer, init, corpus, log)
     print(f"after Ctrl-C or a power cut, go on with --out={args.out} --resume\n")
 
     # The loop. Three of its lines are what this project is about: draw, the pass that starts there, observe.

@@ -168,8 +168,9 @@ def cost_table(results):
 def seeds_table(results):
     rows = []
     for arm, label in LABELS.items():
-        rows.append([label] + [f"{value:+.2f}" for value in results.per_seed(arm, "excess")])
-    return table([f"excess at {FAR:,}"] + [f"seed {seed}" for seed in SEEDS], rows)
+        excess = results.per_seed(arm, "excess")
+        rows.append([label] + [f"{value:+.2f}" for value in [*excess, statistics.median(excess)]])
+    return table([f"excess at {FAR:,}"] + [f"seed {seed}" for seed in SEEDS] + ["median"], rows)
 
 
 def frozen_table(results):
@@ -297,16 +298,69 @@ def corpora_table(results):
 
 
 def past_table(results):
-    rows = []
-    for run in sorted(results.curves):
-        if run.startswith("past-"):
-            _, arm, prob, steps, seed = run.split("-")
-            T = results.T()
-            losses = [f"{results.at(run, 'nll', t):.3f}" for t in (2 * T, 4 * T, 16 * T, FAR)]
-            rows.append([arm, prob, steps, seed, f"{results.at(run, 'window_loss'):.3f}", *losses])
-    head = ["", "init_prob", "steps", "seed", "window loss"]
+    """Against the capped control of as many steps, on the same texts; a number a seed."""
     T = results.T()
-    return table(head + [f"NLL at {t:,}" for t in (2 * T, 4 * T, 16 * T, FAR)], rows)
+    places = (2 * T, 4 * T, 16 * T, FAR)
+    seeds = SEEDS[:2]
+
+    def cells(run, base=None):
+        found = []
+        for name, t in (("window_loss", FAR), *(("nll", t) for t in places)):
+            values = [results.at(f"past-{run}-{seed}", name, t) for seed in seeds]
+            if base:
+                theirs = [results.at(f"past-{base}-{seed}", name, t) for seed in seeds]
+                values = [value - other for value, other in zip(values, theirs)]
+            found.append(" ".join(f"{value:+.3f}" if base else f"{value:.3f}" for value in values))
+        return found
+
+    rows = []
+    for steps in ("500", "2000"):
+        rows.append(["**control, capped**", "", steps, *cells(f"cap-1-{steps}")])
+        for arm, prob in itertools.product(("prev", "tbtt"), ("0.1", "0.5", "1")):
+            rows.append([arm, prob, steps, *cells(f"{arm}-{prob}-{steps}", f"cap-1-{steps}")])
+    return table(["", "init_prob", "steps", "window loss", *(f"NLL at {t:,}" for t in places)], rows)
+
+
+def dose_points(results, arm, seed, name):
+    """[(post-training steps, number)] of zero or prev; 0 steps: the base, on the same texts as the others"""
+    prob = {"zero": "1", "prev": "0.1"}[arm]
+    runs = {0: f"cap100000-{seed}"}
+    runs |= {steps: f"dose-{arm}-{steps}-{seed}" for steps in (125, 250, 1000)}
+    runs |= {steps: f"past-{arm}-{prob}-{steps}-{seed}" for steps in (500, 2000)}
+    return [(steps, results.at(runs[steps], name)) for steps in sorted(runs)]
+
+
+def dose_table(results):
+    rows = []
+    for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
+        points = dose_points(results, arm, seed, "excess")
+        rows.append([LABELS[arm].split(":")[0], str(seed), *(f"{value:+.2f}" for _, value in points)])
+    return table(["", "seed", *(f"{steps:,} steps" for steps, _ in points)], rows)
+
+
+def setting_table():
+    """The trials with the chosen setting, on seeds 0 and 1."""
+    cells = {}
+    for row in read_jsonl(RESULTS / "setting.jsonl"):
+        if row["T"] == 64 and (row["arm"] == "base" or (row["lr"], row.get("init_prob", 0.1)) == (3e-3, 0.1)):
+            numbers = [f"{row['excess']:+.2f}", f"{row['window_loss']:.3f}"]
+            cells.setdefault(row["arm"], []).extend(numbers)
+    rows = [[LABELS[arm], *cells[arm]] for arm in LABELS if arm in cells]
+    return table(["", *(f"{name}, seed {s}" for s in (0, 1) for name in ("excess", "window loss"))], rows)
+
+
+def speed_table():
+    """Times of a training step over that of its matrix products alone, of speed.txt"""
+    rows = []
+    for line in (RESULTS / "speed.txt").read_text().splitlines():
+        if line.startswith('{"'):
+            report = json.loads(line)
+            cells = [
+                f"{report[name][2]:.1f}" for name in ("eager", "compiled", "transformer", "transformers")
+            ]
+            rows.append([report["preset"], report["dtype"], *cells])
+    head = ["preset", "products in", "eager", "compiled", "a causal transformer", "`transformers`' Mamba-2"]
+    return table(head, rows)
 
 
 def kernel_table():
@@ -349,7 +403,8 @@ NEEDS = {  # of each table and figure: the run, or the measure and run, without 
     wrong_table: ("wrong_state", "prev-7"),
     trust_table: ("wrong_state", "prev-7"),
     corpora_table: "prose-prev-1",
-    past_table: "past-tbtt-1-500-3",
+    past_table: "past-cap-1-2000-3",
+    dose_table: "dose-prev-1000-3",
 }
 
 
@@ -359,7 +414,8 @@ def there(results, need):
 
 def tables(results):
     """{name: Markdown} of all that was measured."""
-    found = {"kernel": kernel_table(), "quickstart": quickstart_block()}
+    found = {"kernel": kernel_table(), "speed": speed_table(), "setting": setting_table()}
+    found["quickstart"] = quickstart_block()
     for make, need in NEEDS.items():
         if there(results, need):
             found[make.__name__.removesuffix("_table")] = make(results)
@@ -445,11 +501,7 @@ def dose_figure(results):
         (axes[1], "window_loss", "window loss"),
     ):
         for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
-            prob = {"zero": "1", "prev": "0.1"}[arm]
-            points = [(steps, f"past-{arm}-{prob}-{steps}-{seed}") for steps in (500, 2000)]
-            points += [(steps, f"dose-{arm}-{steps}-{seed}") for steps in (125, 250, 1000)]
-            points.append((0, f"cap100000-{seed}"))  # the base, on the same texts as the others
-            points = sorted((steps, results.at(run, name)) for steps, run in points if run in results.curves)
+            points = dose_points(results, arm, seed, name)
             label_once = {"zero": "from zero", "prev": "State Passing"}[arm] if seed == SEEDS[0] else None
             axis.plot(*zip(*points), marker="o", color=COLORS[arm], label=label_once)
         axis.set(xlabel="post-training steps", ylabel=f"{label} (nats/token)")
@@ -522,7 +574,7 @@ FIGURES = {  # name: (function, what it needs)
     "headline": (headline_figure, "cap-7"),
     "dose": (dose_figure, "dose-prev-1000-3"),
     "origin": (origin_figure, "official-0"),
-    "past": (past_figure, "past-tbtt-1-500-3"),
+    "past": (past_figure, "past-cap-1-2000-3"),
     "wrong_state": (wrong_figure, ("wrong_state", "prev-7")),
 }
 
