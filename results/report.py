@@ -318,6 +318,9 @@ def past_table(results):
         rows.append(["**control, capped**", "", steps, *cells(f"cap-1-{steps}")])
         for arm, prob in itertools.product(("prev", "tbtt"), ("0.1", "0.5", "1")):
             rows.append([arm, prob, steps, *cells(f"{arm}-{prob}-{steps}", f"cap-1-{steps}")])
+    if "past-cap-1-8000-3" in results.curves:
+        rows.append(["**control, capped**", "", "8000", *cells("cap-1-8000")])
+        rows.append(["tbtt", "0.1", "8000", *cells("tbtt-0.1-8000", "cap-1-8000")])
     return table(["", "init_prob", "steps", "window loss", *(f"NLL at {t:,}" for t in places)], rows)
 
 
@@ -527,23 +530,28 @@ def origin_figure(results):
 
 
 def past_figure(results):
-    figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    seen = set()
-    for run in sorted(results.curves):
-        if run.startswith("past-") and "-zero-" not in run:
-            _, arm, prob, steps, seed = run.split("-")
-            marker = {"500": "o", "2000": "s"}[steps]
-            fill = COLORS[arm] if seed == str(SEEDS[0]) else "none"
-            place = (results.at(run, "window_loss"), results.at(run, "nll"))
-            axis.plot(*place, marker, color=COLORS[arm], markerfacecolor=fill, markersize=7)
-            axis.annotate("" if arm == "cap" else prob, place, (5, 4), textcoords="offset points", fontsize=7)
-            seen.add((arm, steps))
-    for arm, steps in sorted(seen):
-        label = f"{'capped control' if arm == 'cap' else arm}, {steps} steps"
-        axis.plot([], [], {"500": "o", "2000": "s"}[steps], color=COLORS[arm], label=label)
-    axis.set(xlabel="window loss (nats/token)", ylabel=f"NLL at {FAR:,} tokens (nats/token)")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
+    """Gain far away against price within T; the capped control of as many steps is the origin."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharex=True, sharey=True)
+    for axis, steps in zip(axes, ("500", "2000")):
+        axis.axhline(0, color="gray", linewidth=0.8)
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.plot(0, 0, "s", color=COLORS["cap"], label="control, capped")
+        for arm, seed in itertools.product(("prev", "tbtt"), SEEDS[:2]):
+            points = []
+            for prob in ("0.1", "0.5", "1"):
+                run, control = f"past-{arm}-{prob}-{steps}-{seed}", f"past-cap-1-{steps}-{seed}"
+                point = [results.at(run, name) - results.at(control, name) for name in ("window_loss", "nll")]
+                points.append(point)
+                axis.annotate(prob, point, (4, 4), textcoords="offset points", fontsize=7, color=COLORS[arm])
+            style = {"marker": "o", "color": COLORS[arm], "linewidth": 1, "markersize": 5}
+            axis.plot(*zip(*points), **style, label=LABELS[arm] if seed == SEEDS[0] else None)
+        axis.fill_between([-0.02, 0.03], -0.2, -0.1, color="#009E73", alpha=0.2, linewidth=0)
+        axis.set(title=f"{int(steps):,} steps", xlabel="window loss - that of the capped control")
+        axis.grid(alpha=0.25)
+    axes[0].set(xlim=(-0.02, 0.28), ylim=(-0.16, 0.25))
+    axes[0].set_ylabel(f"NLL at {FAR:,} tokens\n- that of the capped control")
+    axes[0].annotate("aim", (0.005, -0.14), color="#009E73", va="center", ha="center", fontsize=8)
+    axes[1].legend(fontsize=8)
     return figure
 
 

@@ -161,9 +161,13 @@ P
                     done
                 done
             done
+            for state in zero-1 tbtt-0.1; do # much longer, for those in which time might do it
+                post "past-$state-8000-$s" "$s" "base-$s" --init_state="${state%-*}" \
+                    --init_prob="${state#*-}" --steps=8000
+            done
         done | in_parallel
         for s in 2 3; do
-            for steps in 500 2000; do
+            for steps in 500 2000 8000; do
                 echo "change past-cap-1-$steps-$s 32768 cap past-zero-1-$steps-$s --tokens=$((2 * T))"
             done
         done | in_parallel
