@@ -516,6 +516,16 @@ def test_fitted_noise_has_the_moments_of_final_states():
         assert ((made.mean(1) - seen.mean(1)).abs() < 0.05 * seen.std(1)).all() and (conv == 0).all()
 
 
+def test_compiled_layers_pass_no_gradient_of_states_on(monkeypatch):
+    """Only what is compiled is detached: the states that a layer returns have no gradient then."""
+    model = tiny_model()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    for detached in (False, True):
+        _, _, state = model(random_ids(2, 8))
+        assert all(t.requires_grad != detached for pair in state for t in pair)
+        train.compile_layers(model, torch.device(DEVICE))
+
+
 def exit_code(main, *flags):
     """What a script would end with; a message stands for 1."""
     try:

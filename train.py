@@ -188,7 +188,14 @@ def compile_layers(model, device):
     # On a CPU, keep the convolution's inputs, not compute them again for each of its terms: 5 to 15 % faster.
     options = {"realize_reads_threshold": 2} if device.type == "cpu" else None
     for block in model.backbone.layers:
+        block.register_forward_hook(detach_state)
         block.compile(dynamic=False, options=options)
+
+
+def detach_state(block, inputs, outputs):
+    """The loss does not use final states. Compiled code would pass on their gradient all the same: zeros."""
+    x, state = outputs
+    return x, tuple(t.detach() for t in state)
 
 
 def eager():
