@@ -45,8 +45,7 @@ class Corpus(NamedTuple):
     val: np.ndarray
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Documents
+# -------- Documents
 
 
 def read_documents(dataset):
@@ -55,7 +54,7 @@ def read_documents(dataset):
     python = dataset == "python"
     root = Path(sysconfig.get_paths()["stdlib"] if python else dataset)
     if not root.exists():
-        raise ValueError(f"--dataset={dataset}: no such file or folder (the default, python, needs none)")
+        raise ValueError(f"--dataset={dataset}: no such file or folder")
     paths = sorted(root.rglob("*.py" if python else "*")) if root.is_dir() else [root]
     documents = {}
     for path in paths:
@@ -83,8 +82,7 @@ def split_documents(documents):
     return train, val
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# -------- Tokenizers
 
 
 def train_bpe(texts, vocab_size):
@@ -101,7 +99,7 @@ def train_bpe(texts, vocab_size):
         if n > 1:  # words seen only once teach nothing
             words.append(([bytes([byte]) for byte in word.encode()], n))
     # counts[left + right]: how often the two are neighbours (a + aa counts as aa + a);
-    # found_in[left + right]: the indices of the words in which they are.
+    # found_in[left + right]: the indices of the words in which they are, or were.
     counts = Counter()
     found_in = defaultdict(set)
 
@@ -148,7 +146,7 @@ def make_tokenizer(spec, texts):
 
 
 def hugging_face(text):
-    """A tokenizer.json of the `tokenizers` library, behind what we use of a tiktoken.Encoding."""
+    """A tokenizer.json of the `tokenizers` library, with what we use of tiktoken.Encoding's interface."""
     from tokenizers import Tokenizer
 
     theirs = Tokenizer.from_str(text)
@@ -197,8 +195,7 @@ def load_tokenizer(path, expected_hash=None, vocab_size=None):
         raise ValueError(f"{path} is not the tokenizer it should be ({kind}: {error})") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokens on disk
+# -------- Tokens on disk
 
 
 def load_tokens(folder, name, tokenizer, texts):
@@ -244,9 +241,7 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     return Corpus(corpus_hash, tokenizer, tokenizer_hash, train_ids, val_ids)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Batches. What is drawn for a step depends on the seed and the step alone, so that a resumed run needs no
-# memory.
+# -------- Batches. What is drawn for a step depends on the seed and the step alone, also in a resumed run.
 
 
 def random_windows(tokens, b, l, seed, step):
@@ -264,8 +259,7 @@ def next_windows(tokens, b, l, seed, step):
     return torch.from_numpy(tokens[(start[:, None] + np.arange(l + 1)) % len(tokens)].astype(np.int64))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files, flags and errors, for the other scripts too
+# -------- Files, flags and errors, for the other scripts too
 
 
 def hash_of(content):

@@ -2,7 +2,6 @@
 
     python eval_long.py out/zero out/prev                 a table, out/eval/results.jsonl, out/eval/excess.png
     python eval_long.py out/prev --max_len=1048576        a longer text; memory stays the same
-    python eval_long.py out/prev --dataset=novel.txt      on (the held-out fifth of) another text
 
 Some positions happen to hold harder text than others. So each token is predicted twice, by the same model:
 
@@ -12,9 +11,8 @@ Some positions happen to hold harder text than others. So each token is predicte
 
 The *excess* is the mean loss (full) minus the mean loss (restarted), in nats/token, over the same tokens:
 those with t in (T/2, T], (T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not
-generalize in length. Below 0, it helps. (In the first bucket both predictions are the same.) The *window
-loss* is the mean loss over all restarted windows: between runs, it shows what training from other states
-costs within T. All is computed in float32, whatever the training was in."""
+generalize in length. (In the first bucket both predictions are the same.) The *window loss* is the mean loss
+over all restarted windows: what training from other states costs within T. All is in float32."""
 
 import argparse
 import json
@@ -105,8 +103,7 @@ def standard_error(values):
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A table and a picture of {run: rows}
+# -------- A table and a picture of {run: rows}
 
 COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#0072B2", "tbtt": "#CC79A7"}
 
@@ -127,7 +124,6 @@ def print_table(results):
     losses = "".join(f"{rows[0]['window_loss']:{width}.3f}" for rows in results.values())
     print(f"{'window loss':>24}{losses}")
     print("\nexcess: nats/token lost by reading all t tokens, not only the last T/2 to T; +-: standard error")
-    print("window loss: nats/token in windows of T tokens from a zero state")
 
 
 def draw(path, results):

@@ -28,6 +28,7 @@ from scan_kernel import ssd
 
 @dataclass
 class Mamba2Config:
+    # Defaults: mamba_ssm's, but for chunk. train.py's flags have their own.
     vocab_size: int
     d_model: int
     n_layer: int
@@ -36,7 +37,7 @@ class Mamba2Config:
     expand: int = 2  # all heads together have h p = expand d channels
     d_conv: int = 4  # tokens that the convolution sees
     # For -A, how fast a head forgets, and dt, its time step, see Mamba2.
-    A_init: str = "uniform"  # or "log": one head in each of h equal parts of the range's log
+    A_init: str = "uniform"  # or "log": log-uniform, with one head in each of h equal parts of the range
     A_init_range: tuple = (1, 16)  # of -A at the start
     dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
@@ -104,7 +105,8 @@ class Mamba2(nn.Module):
         # What each token says.
         z, xBC, dt = self.in_proj(inputs).split((config.d_inner, config.conv_dim, config.nheads), dim=-1)
         xBC, conv = self.convolve(xBC, conv)
-        x, B, C = xBC.split((config.d_inner, config.d_state, config.d_state), dim=-1)  # B, C: (b, l, n)
+        # B and C, (b, l, n), are shared by the heads.
+        x, B, C = xBC.split((config.d_inner, config.d_state, config.d_state), dim=-1)
         x = x.unflatten(-1, (config.nheads, config.headdim))  # (b, l, h, p)
         dt = F.softplus(dt + self.dt_bias)  # (b, l, h), float32
 
@@ -157,8 +159,6 @@ class Mamba2LM(nn.Module):
         config = self.config
         h = config.nheads
         nn.init.normal_(self.backbone.embedding.weight, std=0.02)
-        if not config.tie_embeddings:
-            nn.init.normal_(self.lm_head.weight, std=0.02)
         for block in self.backbone.layers:
             mixer = block.mixer
             mixer.out_proj.weight /= math.sqrt(config.n_layer)
@@ -269,7 +269,7 @@ def load_run(folder, device="cpu"):
         if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
             args = {"seq_len": 2048, "batch_size": 8, "dataset": "python"}
-            args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py's defaults: neither is used
+            args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py asks for them; the folder decides
             checkpoint = {"args": args, "step": 0, "corpus_hash": None, "tokenizer_hash": None}
         else:
             path = Path(folder) / "ckpt.pt"

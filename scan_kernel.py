@@ -6,8 +6,7 @@ Each head carries a state S along the text, a matrix of p x n numbers (arXiv 240
     y_t = S_t C_t                             read at the address C_t
 
 u_t (p numbers), B_t, C_t (n numbers) and a_t <= 0 come from token t = 0 ... l - 1 (model.py makes them).
-The heads share B and C. With a_t = 0 the same scan is linear attention; with one constant a for each head
-it is RetNet.
+The heads share B and C. With a_t = 0 this is linear attention.
 
 S_{-1} is the *initial state*, the subject of this project: where a text starts from. S_{l-1} is the *final
 state*: what the next piece of the text, or the next batch, can start from. Here one is an argument and the
@@ -20,9 +19,7 @@ other a result, both with gradients.
 
 Run this file to check each of them on your machine against the recurrence in float64: python scan_kernel.py
 
-Dimensions, the same letters in every file:
-    b batch · l length · c chunk · q, s place in a chunk (row, column)
-    h head · p head dim · n state dim · d model width
+Dimensions as in model.py, and: c chunk · q, s places in a chunk (q of what is read, s of what is written)
 """
 
 from __future__ import annotations  # not evaluated: without Triton there is no tl.constexpr
@@ -43,8 +40,8 @@ except ImportError:  # Windows, macOS: torch alone
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as Python, on a CPU: slow, for tests
 
 
-def ssd_loop(u, a, B, C, init_state=None, chunk=None):
-    """The recurrence as it is defined. Arguments and results of `ssd`; chunk is ignored."""
+def ssd_loop(u, a, B, C, init_state=None):
+    """The recurrence as it is defined. Arguments and results of `ssd`."""
     b, l, h, p = u.shape
     S = a.new_zeros(b, h, p, B.shape[-1]) if init_state is None else init_state  # (b, h, p, n)
     y = []
@@ -55,11 +52,11 @@ def ssd_loop(u, a, B, C, init_state=None, chunk=None):
     return torch.stack(y, dim=1).to(u.dtype), S
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The chunked scan. The loop takes l steps, one after the other. Chunks of c tokens take l / c, each a few
-# matrix products, which is what hardware is good at. Take c tokens that start from the state S, and let
-# cs_q = a_0 + ... + a_q be the running sum within them. What was written at s has decayed by exp(cs_q -
-# cs_s) when it is read at q:
+# -------- The chunked scan
+#
+# The loop takes l steps, one after the other. Chunks of c tokens take l / c, each a few matrix products,
+# which is what hardware is good at. Take c tokens that start from the state S, and let cs_q = a_0 + ... + a_q
+# be the running sum within them. What was written at s has decayed by exp(cs_q - cs_s) when it is read at q:
 #
 #     y_q   = sum_{s <= q} exp(cs_q - cs_s) (C_q . B_s) u_s  +  exp(cs_q) S C_q
 #     S_new = sum_s exp(cs_last - cs_s) u_s B_s^T  +  exp(cs_last) S
@@ -92,7 +89,7 @@ def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
             until_end = (cs[..., -1:] - cs).exp().transpose(1, 2)[..., None].to(u.dtype)  # (b, c, h, 1)
             S_new = torch.einsum("bshp,bsn->bhpn", u_c * until_end, B_c).to(a.dtype)  # 3
             if S is not None:
-                S_new = S_new + cs[..., -1:, None].exp() * S  # 4
+                S_new = S_new + cs[..., -1:, None].exp() * S  # 4; the decay: (b, h, 1, 1)
             S = S_new  # (b, h, p, n)
             y.append(y_c)
     return torch.cat(y, dim=1), S
@@ -100,16 +97,12 @@ def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
 
 def why_not_triton(u, B):
     """Why the kernels below cannot take these arguments, in a few words, or None if they can."""
-    if triton is None:
-        return "Triton is not installed"
+    if triton is None or not (u.is_cuda or INTERPRETED):
+        return "the kernels need Triton, and a GPU or TRITON_INTERPRET=1"
     if u.is_cuda and torch.cuda.get_device_capability(u.device) < (8, 0):
         return "this GPU is too old (compute capability below 8.0)"
-    if not u.is_cuda and not INTERPRETED:
-        return "the kernels need a GPU, or TRITON_INTERPRET=1"
-    if u.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"u should be float32, bfloat16 or float16, not {u.dtype}"
-    if INTERPRETED and u.dtype == torch.bfloat16:
-        return "Triton's interpreter computes with the raw bits of bfloat16"
+    if u.dtype == torch.float64 or (INTERPRETED and u.dtype == torch.bfloat16):
+        return f"the kernels do not take {u.dtype}"
     p, n = u.shape[3], B.shape[2]
     if p not in (16, 32, 64, 128) or n not in (16, 32, 64, 128, 256):
         return f"p and n should be powers of two, 16 to 128 and 16 to 256, not {p} and {n}"
@@ -117,7 +110,7 @@ def why_not_triton(u, B):
 
 
 def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
-    """The scan: S_t = exp(a_t) S_{t-1} + u_t B_t^T and y_t = S_t C_t, for each head.
+    """The scan, by the backend that fits.
 
     Arguments
         u           (b, l, h, p)  what is written; float32, bfloat16, float16 or float64; any l >= 1
@@ -157,8 +150,7 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
     return scan(u, a, B, C, init_state, chunk)
 
 
-# ============================================================================================================
-# From here on: a GPU. A CPU runs none of this.
+# -------- The scan on a GPU
 #
 # Autograd finds the gradients of `ssd_chunked`; kernels need them written down. A prime marks the gradient
 # of the loss with respect to what it follows. Chunk by chunk from the last one, whose S_new is final_state:
@@ -181,23 +173,20 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
 #
 # Four kernels, five launches:
 #
-#     walk             steps 3 and 4. A program carries a tile of one head's state from chunk to chunk, in
-#                      registers, from init_state to final_state. It leaves the state before each chunk.
+#     walk             steps 3 and 4. A program carries a tile of one head's state in registers from chunk to
+#                      chunk, and leaves the state before each.
 #     output           steps 1 and 2, now that each chunk knows its state: all chunks and heads in parallel.
-#     walk             again, in reverse: S' is steps 3 and 4 with y' for u and C for B. It goes from
-#                      final_state' to init_state', and leaves the S_new' of each chunk.
+#     walk             in reverse, with y' for u, C for B: from final_state' to init_state', S_new' of each.
 #     inputs_grad      u' and a', in parallel like output.
-#     addresses_grad   B' and C', summed over the heads in a fixed order: no atomics, always the same bits.
+#     addresses_grad   B' and C', summed over the heads in a fixed order: always the same bits.
 #
-# C B^T and L are computed again where they are needed. The states between chunks are kept for the backward
-# pass in u's dtype, as products read them; what is carried along is float32, like all sums. The gradients
-# take two kernels, one of them with two loops: at once they need more registers than there are.
+# The states between chunks are kept in u's dtype, as products read them; all sums are float32. C B^T and L
+# are computed again where needed. All gradients in one kernel would need more registers than there are.
 #
 # To a kernel, u is a matrix of b l rows and h p columns, B and C have n columns, a state has h p rows and n
-# columns. H, P_ALL and N_ALL are h, p and n; Q is the chunk, P and N are tiles of p and n. Rows past the
-# end load as zeros: they neither decay nor write. Program ids are made 64 bits wide, so that no offset wraps
-# around at 2^31 elements.
-# ============================================================================================================
+# columns. H, P_ALL and N_ALL are h, p and n; Q is the chunk, P and N are tiles of p and n: u, y and their
+# gradients are [Q, P], B and C [Q, N], a state [P, N]. Rows past the end load as zeros: they neither decay
+# nor write. Program ids are 64 bits wide, so that no offset wraps around at 2^31 elements.
 
 jit = triton.jit if triton else lambda kernel: kernel
 
@@ -234,9 +223,9 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
         H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     # which tile am I (one "chunk" here: a whole row of the batch)
-    tile, head, batch, rows, inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
-    cols_u = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)  # [P]
-    cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)  # [N]
+    tile, head, batch, _rows, _inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
+    cols_u = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)
+    cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)
     offs_state = cols_u[:, None] * N_ALL + cols_n[None, :]  # [P, N]
     S = tl.zeros((P, N), tl.float32)
     if start_ptr is not None:
@@ -251,8 +240,8 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
         rows = batch * l + places
         inside = places < l
         since, until, across, _ = _decays(a_ptr, rows, head, inside, H, Q)
-        u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
-        B = _load(B_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
+        u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
+        B = _load(B_ptr, N_ALL, rows, cols_n, inside)
         u = (u * (since if REVERSE else until)[:, None]).to(u.dtype)
         S = tl.dot(tl.trans(u), B, S * across, input_precision=PRECISION)  # 3, 4
     if end_ptr is not None:
@@ -264,22 +253,22 @@ def output_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, y_ptr, l, chunks,
         H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
-    cols_u = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
-    rows_state = chunk * (H * P_ALL) + cols_u  # [P]
+    cols_u = head * P_ALL + tile * P + tl.arange(0, P)
+    rows_state = chunk * (H * P_ALL) + cols_u
     # products over n
     CB = tl.zeros((Q, Q), tl.float32)
     y = tl.zeros((Q, P), tl.float32)
     for n in range(0, N_ALL, N):
-        cols_n = n + tl.arange(0, N)  # [N]
-        B = _load(B_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
-        C = _load(C_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
-        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
+        cols_n = n + tl.arange(0, N)
+        B = _load(B_ptr, N_ALL, rows, cols_n, inside)
+        C = _load(C_ptr, N_ALL, rows, cols_n, inside)
+        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
         y = tl.dot(C, tl.trans(S), y, input_precision=PRECISION)
     # the rest
     since, _, _, L = _decays(a_ptr, rows, head, inside, H, Q)
-    u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
-    W = (CB * L).to(u.dtype)  # [Q, Q]
+    u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
+    W = (CB * L).to(u.dtype)
     y = tl.dot(W, u, y * since[:, None], input_precision=PRECISION)  # 1, 2
     tl.store(y_ptr + rows[:, None] * (H * P_ALL) + cols_u[None, :], y, mask=inside[:, None])
 
@@ -289,28 +278,28 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
         H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, head, chunk, rows, inside = _where_am_i(l, chunks, H, P_ALL // P, Q)
-    cols_u = head * P_ALL + tile * P + tl.arange(0, P)  # [P]
-    rows_state = chunk * (H * P_ALL) + cols_u  # [P]
-    dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
+    cols_u = head * P_ALL + tile * P + tl.arange(0, P)
+    rows_state = chunk * (H * P_ALL) + cols_u
+    dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)
     # products over n
     CB = tl.zeros((Q, Q), tl.float32)
     du = tl.zeros((Q, P), tl.float32)
     from_past = tl.zeros((Q,), tl.float32)
     carried = tl.zeros((P,), tl.float32)
     for n in range(0, N_ALL, N):
-        cols_n = n + tl.arange(0, N)  # [N]
-        B = _load(B_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
-        C = _load(C_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
-        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
-        dS = tl.load(dstates_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])  # [P, N]
+        cols_n = n + tl.arange(0, N)
+        B = _load(B_ptr, N_ALL, rows, cols_n, inside)
+        C = _load(C_ptr, N_ALL, rows, cols_n, inside)
+        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
+        dS = tl.load(dstates_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
         CB = tl.dot(C, tl.trans(B), CB, input_precision=PRECISION)
         du = tl.dot(B, tl.trans(dS), du, input_precision=PRECISION)
         from_past += tl.sum(tl.dot(dy, S, input_precision=PRECISION) * C, 1)  # y' . S C, without keeping S C
         carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     # u'
     since, until, across, L = _decays(a_ptr, rows, head, inside, H, Q)
-    u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
-    W = CB * L  # [Q, Q]
+    u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
+    W = CB * L
     du *= until[:, None]
     written = tl.sum(u * du, 1)  # [Q]
     du = tl.dot(tl.trans(W.to(u.dtype)), dy, du, input_precision=PRECISION)
@@ -327,28 +316,28 @@ def addresses_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, d
         chunks, H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tile, _head, chunk, rows, inside = _where_am_i(l, chunks, 1, N_ALL // N, Q)
-    cols_n = tile * N + tl.arange(0, N)  # [N]
+    cols_n = tile * N + tl.arange(0, N)
     # inside the chunk: E, summed over heads and tiles of p, then one product for all of them
     E = tl.zeros((Q, Q), tl.float32)
     for p in range(0, H * P_ALL, P):
-        cols_u = p + tl.arange(0, P)  # [P]
+        cols_u = p + tl.arange(0, P)
         _, _, _, L = _decays(a_ptr, rows, p // P_ALL, inside, H, Q)
-        u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
-        dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
+        u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
+        dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)
         E += tl.dot(dy, tl.trans(u), input_precision=PRECISION) * L
-    B = _load(B_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
-    C = _load(C_ptr, N_ALL, rows, cols_n, inside)  # [Q, N]
-    dC = tl.dot(E.to(B.dtype), B, input_precision=PRECISION)  # [Q, N]
-    dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)  # [Q, N]
+    B = _load(B_ptr, N_ALL, rows, cols_n, inside)
+    C = _load(C_ptr, N_ALL, rows, cols_n, inside)
+    dC = tl.dot(E.to(B.dtype), B, input_precision=PRECISION)
+    dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision=PRECISION)
     # from the past, and to the future
     for p in range(0, H * P_ALL, P):
-        cols_u = p + tl.arange(0, P)  # [P]
+        cols_u = p + tl.arange(0, P)
         since, until, _, _ = _decays(a_ptr, rows, p // P_ALL, inside, H, Q)
-        u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
-        dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)  # [Q, P]
+        u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
+        dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)
         offs_state = (chunk * (H * P_ALL) + cols_u)[:, None] * N_ALL + cols_n[None, :]  # [P, N]
-        S = tl.load(states_ptr + offs_state)  # [P, N]
-        dS = tl.load(dstates_ptr + offs_state)  # [P, N]
+        S = tl.load(states_ptr + offs_state)
+        dS = tl.load(dstates_ptr + offs_state)
         dC = tl.dot((dy * since[:, None]).to(dy.dtype), S, dC, input_precision=PRECISION)
         dB = tl.dot((u * until[:, None]).to(u.dtype), dS, dB, input_precision=PRECISION)
     offs_out = rows[:, None] * N_ALL + cols_n[None, :]  # [Q, N]
@@ -464,15 +453,17 @@ def ssd_triton(u, a, B, C, init_state=None, chunk=64):
     return _forward(u, a, B, C, init_state, chunk)[:2]
 
 
+# -------- The check of this file, and what the tests need of it
+
+
 def random_inputs(b, l, h, p, n, dtype=torch.float64, seed=0):
     """u, a, B, C, init_state on the CPU: from heads that forget within a token to some that take hundreds."""
     draw = torch.Generator().manual_seed(seed)
-    shapes = {"u": (b, l, h, p), "B": (b, l, n), "C": (b, l, n), "init_state": (b, h, p, n)}
-    normal = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    shapes = (b, l, h, p), (b, l, n), (b, l, n), (b, h, p, n)
+    u, B, C, init_state = (torch.randn(shape, generator=draw) for shape in shapes)
     a = -torch.rand((b, l, h), generator=draw) * torch.logspace(-2, 1, h)
     wide = torch.promote_types(dtype, torch.float32)
-    u, B, C = (normal[name].to(dtype) for name in ("u", "B", "C"))
-    return [u, a.to(wide), B, C, normal["init_state"].to(wide)]
+    return [u.to(dtype), a.to(wide), B.to(dtype), C.to(dtype), init_state.to(wide)]
 
 
 def with_gradients(scan, inputs, seed=1):

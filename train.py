@@ -5,13 +5,12 @@
     python train.py --out=out/prev --resume                                  goes on from the last checkpoint
     torchrun --nproc_per_node=2 train.py --init_state=prev                   by several GPUs, or CPU processes
 
-A recurrent model is usually trained on windows of T tokens that start from the state 0. It never meets the
-states that a longer text leads to, and may fail on them. "Understanding and Improving Length Generalization
-in Recurrent Models" (arXiv 2507.02782) starts training windows from other states:
+Trained on windows of T tokens from the state 0, a recurrent model never meets the states that a longer text
+leads to, and may fail on them. arXiv 2507.02782 starts training windows from other states:
 
     zero      0, as usual
     noise     Gaussian noise, with one standard deviation for all layers and heads
-    fitted    Gaussian noise, with the mean and standard deviation of final states, for each layer and head
+    fitted    Gaussian noise, with the mean and standard deviation of states after T tokens, by layer and head
     prev      the final state of the previous batch, which is other text      (State Passing)
     tbtt      the same, and each row goes on with the text of the previous batch
               (truncated backpropagation through time)
@@ -46,21 +45,20 @@ from model import Mamba2Config, Mamba2LM, choose_device, load_run
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
-# ------------------------------------------------------------------------------------------------------------
-# The initial state: the idea of this project
+# -------- The initial state: the idea of this project
 
 # Of fitted: batches that are measured before training, steps between two measurements, weight of a new one.
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
 
 
 class InitialState:
-    """The state before the first token of each training window: a pair (conv, ssm) for each layer. `draw`
-    makes it for the next step, `observe` sees the state after the last token. What is kept in between is in
-    `memory`, as lists of a tensor for each layer: "ssm" (in tbtt "conv" too), or for fitted "mean" and
-    "mean_square".
+    """The state before the first token of each training window: for each layer a pair of conv, the last
+    inputs of its convolution, and ssm, the matrices of its scan. `draw` makes it for the next step, `observe`
+    sees the state after the last token. What is kept in between is in `memory`, a list with a tensor for each
+    layer under each name: "ssm" (in tbtt "conv" too), or for fitted "mean" and "mean_square".
 
-    The mode decides on ssm, the matrices of the scan. conv, the last inputs of the convolution, is zero
-    except in tbtt, where these tokens really come before (the paper does not say; this is our choice)."""
+    The mode decides on ssm. conv is zero except in tbtt, where these tokens really come before (the paper
+    does not say; this is our choice)."""
 
     def __init__(self, args, device, memory):
         self.mode = args.init_state  # the name of the mode, not a state
@@ -86,7 +84,7 @@ class InitialState:
             ssm = self.memory.get("ssm", ssm)
             conv = self.memory.get("conv", conv)
         for t in (*conv, *ssm):
-            t[: self.first_row(b)] = 0  # in place, in memory too: these rows always start from zero
+            t[: self.first_row(b)] = 0  # rows that start from zero, always the same (in place: in memory too)
         return list(zip(conv, ssm))
 
     def observe(self, state):
@@ -99,7 +97,7 @@ class InitialState:
     @torch.no_grad()
     def fit(self, model, inputs, rate):
         """For fitted: moves the mean and mean square of each layer and head towards those of the states after
-        these windows. They start from 0: from fitted noise, the noise would be fitted to itself."""
+        these windows. The windows start from 0: after fitted noise, the noise would be fitted to itself."""
         _, state = model.hidden(inputs)
         means = {
             "mean": [ssm.mean((0, 2, 3)) for _, ssm in state],  # each (h)
@@ -117,14 +115,13 @@ class InitialState:
         return [own_rows(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
 
     def first_row(self, b):
-        """Of b rows, the first that gets a state: always the last rows do, so that these can pass it on."""
+        """Of this process's b rows, the first with a state: always the last of all rows, to pass it on."""
         rows = WORLD * b
         with_state = max(1, round(self.init_prob * rows)) if self.init_prob > 0 else 0
         return min(max(rows - with_state - RANK * b, 0), b)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The other parts of a step
+# -------- The other parts of a step
 
 WARMUP, FINAL_LR = 0.1, 0.1  # shares of the steps and of the peak; in between a cosine
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -160,17 +157,15 @@ def get_batch(tokens, args, init, step):
 def validate(model, tokens, T, device):
     """Two mean losses (nats/token) of the same held-out tokens, those from 32 T to 64 T of 16 texts: in
     windows from a zero state, and after all that comes before, the state carried over."""
-    windows = []
-    carried = []
+    sums = {"window_loss": 0.0, "carried_loss": 0.0}
     state = None
     for i in range(64):
         batch = data.next_windows(tokens, 16, T, seed=0, step=i).to(device)
         _, loss, state = model(batch[:, :-1], batch[:, 1:], state)
         if i >= 32:
-            carried.append(loss)
-            windows.append(model(batch[:, :-1], batch[:, 1:])[1])
-    window_loss, carried_loss = (torch.stack(losses).mean().item() for losses in (windows, carried))
-    return {"window_loss": window_loss, "carried_loss": carried_loss}
+            sums["carried_loss"] += loss.item() / 32
+            sums["window_loss"] += model(batch[:, :-1], batch[:, 1:])[1].item() / 32
+    return sums
 
 
 def choose_dtype(name, device):
@@ -203,8 +198,7 @@ def eager():
     return torch.compiler.set_stance("force_eager")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Flags. Some have other defaults in a preset, or in post-training.
+# -------- Flags. Some have other defaults in a preset, or in post-training.
 
 MID = {"d_model": 256, "n_layer": 4, "headdim": 64}
 SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "tokenizer": "bpe4096"}
@@ -259,7 +253,7 @@ def make_parser():
     add("--headdim", default=32, type=count, help="p, numbers that a head reads and writes a token")
     add("--A_init", default="log", choices=["log", "uniform"], help="how -A, the rates of forgetting, start")
     add("--A_init_range", default=[0.01, 16.0], type=data.number(float, 1e-9), nargs=2, metavar="RATE",
-        help="their range: the lowest and the highest")
+        help="their range, lowest and highest; our choice (mamba_ssm: uniform, 1 16)")
     # fmt: on
     return parser
 
@@ -301,8 +295,7 @@ def parse(argv):
     return args, model, checkpoint
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Several processes. For a single one all of this does nothing.
+# -------- Several processes. For a single one all of this does nothing.
 
 
 def join_processes():
@@ -335,8 +328,7 @@ def mean_over_processes(tensor):
     return tensor / WORLD
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run on disk: ckpt.pt, tokenizer.json, log.jsonl
+# -------- A run on disk: ckpt.pt, tokenizer.json, log.jsonl
 
 
 def save(args, step, model, optimizer, init, corpus, log):
@@ -426,9 +418,6 @@ def print_sample(model, tokenizer, seed, device):
     generator = torch.Generator(device).manual_seed(seed)
     sample = model.eval().generate(separator, 256, generator=generator)
     print(f"\n256 tokens of its own:\n\n{tokenizer.decode(sample[0].tolist())}\n")
-
-
-# ------------------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):
