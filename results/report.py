@@ -242,15 +242,22 @@ def remembrance_table(results):
     return table(["", *(f"last {context} of {4 * T} tokens" for context in (T // 2, T, 2 * T))], rows)
 
 
+ORIGINS = {
+    "low0.01": "0.01 to 16 (ours)",
+    "low0.1": "0.1 to 16",
+    "low1": "1 to 16",
+    "official": "1 to 16, uniform (official)",
+}
+
+
 def origin_table(results):
     rows = []
-    names = {"low0.01": "0.01 to 16 (ours)", "low0.1": "0.1 to 16", "low1": "1 to 16", "official": "official"}
-    for arm, label in names.items():
+    for arm, label in ORIGINS.items():
         for seed in (0, 1):
             if f"{arm}-{seed}" in results.curves:
                 rows.append([label, str(seed), *results.numbers(f"{arm}-{seed}")])
     if "official5000" in results.curves:
-        rows.append(["official, 5,000 steps", "0", *results.numbers("official5000")])
+        rows.append(["official, for 5,000 steps", "0", *results.numbers("official5000")])
     return table(["-A at the start", "seed", f"excess at {FAR:,}", "NLL there", "window loss"], rows)
 
 
@@ -515,17 +522,16 @@ def dose_figure(results):
 
 def origin_figure(results):
     figure, axis = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
-    names = {"low0.01": "0.01 to 16", "low0.1": "0.1 to 16", "low1": "1 to 16", "official": "official"}
     shades = ("#440154", "#31688E", "#35B779", "#B5A000")
-    for (arm, label), shade in zip(names.items(), shades):
+    for (arm, label), shade in zip(ORIGINS.items(), shades):
         for seed in (0, 1):
             if f"{arm}-{seed}" not in results.curves:
                 continue
             t, excess = curve(results, f"{arm}-{seed}")
-            axis.plot(t, excess, color=shade, label=f"-A from {label}" if seed == 0 else None)
+            axis.plot(t, excess, color=shade, label=label if seed == 0 else None)
     logarithmic(axis, results.T())
     axis.set_ylabel("excess (nats/token)")
-    axis.legend()
+    axis.legend(title="-A at the start", loc="upper left", bbox_to_anchor=(0.04, 1))
     return figure
 
 
