@@ -268,7 +268,7 @@ def load_run(folder, device="cpu"):
     try:
         if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
-            args = {"seq_len": 2048, "batch_size": 8, "dataset": "python"}
+            args = {"seq_len": 2048, "batch_size": 8, "dataset": "python", "lr": 3e-4}
             args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py asks for them; the folder decides
             checkpoint = {"args": args, "step": 0, "corpus_hash": None, "tokenizer_hash": None}
         else:

@@ -207,7 +207,7 @@ PRESETS = {
     "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.1M
     "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 19M, for a GPU
 }
-POST_TRAINING = {"steps": 500, "lr": 3e-3, "init_prob": 0.1}  # with --init_from
+POST_TRAINING = {"steps": 500, "init_prob": 0.1}  # with --init_from
 # Flags that Mamba2Config takes; flags that may differ when a run is resumed.
 MODEL = ("d_model", "n_layer", "d_state", "headdim", "A_init", "A_init_range")
 MACHINE = ("out", "resume", "device", "backend", "compile")
@@ -215,7 +215,7 @@ MACHINE = ("out", "resume", "device", "backend", "compile")
 
 def make_parser():
     presets = "".join(f"--preset={name}: {values}\n" for name, values in PRESETS.items())
-    epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}"
+    epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}, the rest as in that run"
     style = {"formatter_class": data.Formatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, **style)
     add = parser.add_argument
@@ -277,8 +277,9 @@ def parse(argv):
         theirs = checkpoint["args"]
         fixed = {name: getattr(model.config, name) for name in MODEL}
         fixed |= {name: theirs[name] for name in ("preset", "tokenizer")}
-        # The length and number of the windows, and the text, may be changed by a flag.
-        defaults = POST_TRAINING | {name: theirs[name] for name in ("seq_len", "batch_size", "dataset")}
+        # These may be changed by a flag.
+        same = ("seq_len", "batch_size", "dataset", "lr")
+        defaults = POST_TRAINING | {name: theirs[name] for name in same}
     parser.set_defaults(**defaults | fixed)
     args = parser.parse_args(argv)  # again, with the right defaults
     args.out = out

@@ -140,7 +140,7 @@ P
         } | in_parallel
         {
             for state in zero prev tbtt; do
-                post mid-$state 0 mid-base --init_state=$state
+                post mid-$state 0 mid-base --init_state=$state --lr=3e-3
             done
             for s in 0 1; do
                 for state in zero prev; do

@@ -11,6 +11,7 @@ where that is too many."""
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ def main(argv=None):
     out = Path(args.out)
     kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "memory")}
     write_whole(out / "tokenizer.json", (Path(args.run) / "tokenizer.json").read_bytes())
+    kept["config"] = asdict(model.config) | {"backend": None}
     kept["model"] = model.state_dict()
     write_whole(out / "ckpt.pt", lambda file: torch.save(kept, file))
     print(json.dumps(report))
