@@ -197,16 +197,20 @@ def _load(ptr, width, rows, cols, inside):
 
 
 @jit
+def _decay(log):
+    """A difference of two rounded sums can be just above zero: hence the minimum. NaN stays NaN."""
+    return tl.exp(tl.minimum(log, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@jit
 def _decays(a_ptr, rows, head, inside, H: tl.constexpr, Q: tl.constexpr):
     """Of one head in one chunk: the decays since its start exp(cs), until its end exp(cs_last - cs), across
-    it exp(cs_last), and L. A difference of two rounded sums can be just above zero: hence the minima."""
+    it exp(cs_last), and L."""
     a = tl.load(a_ptr + rows * H + head, mask=inside, other=0.0)  # [Q]
     cs = tl.cumsum(a, 0)  # [Q]
     cs_last = tl.sum(a, 0)
-    L = tl.exp(tl.minimum(cs[:, None] - cs[None, :], 0.0))  # [Q, Q]
-    L = tl.where(tl.arange(0, Q)[:, None] >= tl.arange(0, Q)[None, :], L, 0.0)
-    until = tl.exp(tl.minimum(cs_last - cs, 0.0))
-    return tl.exp(tl.minimum(cs, 0.0)), until, tl.exp(tl.minimum(cs_last, 0.0)), L
+    L = tl.where(tl.arange(0, Q)[:, None] >= tl.arange(0, Q)[None, :], _decay(cs[:, None] - cs[None, :]), 0.0)
+    return _decay(cs), _decay(cs_last - cs), _decay(cs_last), L  # [Q], [Q], [], [Q, Q]
 
 
 @jit

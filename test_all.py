@@ -156,6 +156,17 @@ def test_extreme_decays_stay_finite(scan, a):
         check_scan(scan, inputs, 1e-4)
 
 
+@pytest.mark.parametrize("scan", SCANS)
+def test_nan_is_not_swallowed(scan):
+    """One NaN in a: in the results of that head from there on and nowhere else, and in all gradients."""
+    inputs = inputs_for(40)
+    inputs[1][1, 21, 0] = math.nan
+    y, final, *gradients = with_gradients(scan, inputs)
+    assert y[1, 32:, 0].isnan().all() and final[1, 0].isnan().all()
+    assert y[0].isfinite().all() and y[1, :, 1].isfinite().all() and y[1, :16, 0].isfinite().all()
+    assert all(gradient[1].isnan().any() for gradient in gradients)
+
+
 ARGUMENTS = dict(zip(("u", "a", "B", "C", "init_state"), random_inputs(2, 5, 4, 8, 16, torch.float32)))
 
 
