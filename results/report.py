@@ -331,21 +331,25 @@ def past_table(results):
     return table(["", "init_prob", "steps", "window loss", *(f"NLL at {t:,}" for t in places)], rows)
 
 
+DOSES = (0, 125, 250, 500, 1000, 2000, 8000)
+
+
 def dose_points(results, arm, seed, name):
     """[(post-training steps, number)] of zero or prev; 0 steps: the base, on the same texts as the others"""
     prob = {"zero": "1", "prev": "0.1"}[arm]
     runs = {0: f"cap100000-{seed}"}
     runs |= {steps: f"dose-{arm}-{steps}-{seed}" for steps in (125, 250, 1000)}
-    runs |= {steps: f"past-{arm}-{prob}-{steps}-{seed}" for steps in (500, 2000)}
-    return [(steps, results.at(runs[steps], name)) for steps in sorted(runs)]
+    runs |= {steps: f"past-{arm}-{prob}-{steps}-{seed}" for steps in (500, 2000, 8000)}
+    return [(steps, results.at(runs[steps], name)) for steps in sorted(runs) if runs[steps] in results.curves]
 
 
 def dose_table(results):
     rows = []
     for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
-        points = dose_points(results, arm, seed, "excess")
-        rows.append([LABELS[arm].split(":")[0], str(seed), *(f"{value:+.2f}" for _, value in points)])
-    return table(["", "seed", *(f"{steps:,} steps" for steps, _ in points)], rows)
+        points = dict(dose_points(results, arm, seed, "excess"))
+        cells = [f"{points[steps]:+.2f}" if steps in points else "" for steps in DOSES]
+        rows.append([LABELS[arm].split(":")[0], str(seed), *cells])
+    return table(["", "seed", *(f"{steps:,} steps" for steps in DOSES)], rows)
 
 
 def setting_table():
@@ -395,7 +399,7 @@ def quickstart_block():
     runs = {run: [row for row in rows if row["run"] == run] for run in ("out/zero", "out/prev")}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         eval_long.print_table(runs)
-    lines = [line.rstrip() for line in printed.getvalue().splitlines()[1:-3]]  # without the footnotes
+    lines = [line.rstrip() for line in printed.getvalue().splitlines()[1:-2]]  # without the footnote
     return textwrap.indent("\n".join(lines), "    ")
 
 
@@ -514,7 +518,9 @@ def dose_figure(results):
             points = dose_points(results, arm, seed, name)
             label_once = {"zero": "from zero", "prev": "State Passing"}[arm] if seed == SEEDS[0] else None
             axis.plot(*zip(*points), marker="o", color=COLORS[arm], label=label_once)
-        axis.set(xlabel="post-training steps", ylabel=f"{label} (nats/token)")
+        axis.set_xscale("symlog", base=2, linthresh=125, linscale=0.7)
+        axis.set_xticks(DOSES, [f"{steps:,}" for steps in DOSES], fontsize=8)
+        axis.set(xlabel="post-training steps", ylabel=f"{label} (nats/token)", xlim=(-15, 10000))
         axis.grid(alpha=0.25)
     axes[1].legend()
     return figure
