@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that results/README.md shows: trains, evaluates, and ends with results/report.py.
 #
-#     bash results/reproduce.sh              all stages; see below for how long each takes
+#     bash results/reproduce.sh              all stages; each says how long it takes
 #     bash results/reproduce.sh headline     one or some of them
-#     bash results/reproduce.sh --quick      failure and repair only: one seed, shorter texts; under 10 minutes
+#     bash results/reproduce.sh --quick      failure and repair: one seed, shorter; under 10 minutes; a figure in out/quick
 #     JOBS=8 bash results/reproduce.sh       so many runs at once, of one thread each [the machine's cores]
 #
 # Stop it whenever you like: the next call goes on. Runs are in out/evidence, each with its log (<run>.txt); what was
@@ -13,7 +13,9 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive # two runs of two threads each on two cores get in each other's way
 folder=out/evidence bases=2000 steps=500 seeds="2 3 4 5 6 7" length=131072
 stages="${*:-headline forgetting sensitivity past corpora origin dose}"
+declare -A minutes=([headline]=110 [forgetting]=60 [sensitivity]=12 [past]=160 [corpora]=40 [origin]=45 [dose]=16)
 if [ "$stages" = --quick ]; then
+    minutes[headline]=15
     folder=out/quick bases=1000 steps=300 seeds=2 length=16384 stages=headline
 fi
 
@@ -68,7 +70,7 @@ post() { # post NAME SEED BASE FLAGS...: a line for a stage: more training of a 
 }
 
 for stage in $stages; do
-    echo "$(date +%T) stage $stage"
+    echo "$(date +%T) stage $stage, about ${minutes[$stage]:-?} minutes of one core"
     case $stage in
     headline) # the question: does another initial state repair what fails, and more training from zero not?
         for s in $seeds; do
@@ -185,4 +187,8 @@ P
     esac
 done
 
-python results/report.py --collect="$folder"
+if [ $folder = out/quick ]; then # results/ stays as it is
+    python eval_long.py out/quick/{base,zero,prev,cap}-2 --max_len=$length --sequences=8 --out=out/quick
+else
+    python results/report.py --collect="$folder"
+fi
