@@ -152,6 +152,7 @@ def draw(path, results):
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel("t, tokens before the predicted one")
         axis.grid(alpha=0.3)
         for T in {rows[0]["seq_len"] for rows in results.values()}:
