@@ -260,7 +260,7 @@ def random_ids(b, l, seed=0):
     return torch.randint(61, (b, l), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("cuts", [[1, 50], [3, 4, 70], [32, 64], [2, 3]])
+@pytest.mark.parametrize("cuts", [[1, 50], [3, 4, 70], [32, 64], [2, 3], list(range(1, 77))])
 def test_segments_equal_one_pass(cuts):
     """Cut anywhere, with the state carried: the same logits at every position, state and gradients."""
     model = tiny_model()
@@ -574,6 +574,8 @@ def test_resumed_run_equals_uninterrupted_one(work, mode, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", lambda *args: math.nan if args[0] == 6 else rate(*args))
         assert "the gradient of step 7 is not finite" in run_train(*flags, "--out=cut")
+    with open("cut/log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # a line cut short
     assert run_train("--out=cut", "--resume") == 0
     assert_same_run("cut", "whole")
     assert [row["step"] for row in read_jsonl("cut/log.jsonl")] == [2, 3, 4, 6, 8, 9, 10, 12]
@@ -583,9 +585,8 @@ def test_interrupted_at_any_moment(work):
     """Ctrl-C and kill -9, from the first import on: the next call goes on; in the end it is the same run."""
     flags = ["--init_state=tbtt", "--steps=1000", "--save_every=20", "--tokenizer=bpe300", "--out=cut"]
     codes = []
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job would let its children ignore it
+    # Processes that a background job starts would ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     Path("cut").mkdir()
     Path("cut/tokenizer.json").touch()  # what a kill before the first checkpoint may leave
     Path("cut/.ckpt.pt.123").touch()
@@ -600,6 +601,7 @@ def test_interrupted_at_any_moment(work):
         process.communicate()
         codes.append(process.returncode)
     assert 2 not in codes and sum(code != 0 for code in codes) >= 4, codes  # a quick machine may finish
+    assert {130, -signal.SIGKILL} <= set(codes), codes
     assert run_train(*flags, "--resume") == run_train(*flags, "--out=whole") == 0
     assert_same_run("cut", "whole")
 

@@ -20,6 +20,7 @@ The model, the loss and T stay the same. Only tbtt takes other batches.
 
 import argparse
 import atexit
+import functools
 import json
 import math
 import os
@@ -332,16 +333,21 @@ def mean_over_processes(tensor):
 # -------- A run on disk: ckpt.pt, tokenizer.json, log.jsonl
 
 
+@functools.cache  # asked once, not at every checkpoint
+def versions():
+    code, git = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
+    found = {"git": None if code else git}  # there may be no git here
+    return found | {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
 def save(args, step, model, optimizer, init, corpus, log):
-    """Writes the tokenizer, the checkpoint (plain values and tensors: all that one needs to go on, or to make
-    the same run again) and the log, a row a line."""
+    """Writes the log, a row a line, and the checkpoint: plain values and tensors, all that it takes to go on,
+    or to make the same run again. Beside the first one, the tokenizer."""
     memory = init.memory
     if "ssm" in memory:  # each process has its own rows; the means of fitted are the same in all
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
-    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
-    versions = {"git": subprocess.getoutput(git), "python": platform.python_version()}
     content = {
         "config": asdict(model.config) | {"backend": None},  # that is the machine's business
         "args": vars(args),
@@ -350,16 +356,18 @@ def save(args, step, model, optimizer, init, corpus, log):
         "processes": WORLD,
         "corpus_hash": corpus.hash,
         "tokenizer_hash": corpus.tokenizer_hash,
-        "made_by": versions | {"torch": str(torch.__version__)},
+        "made_by": versions(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "memory": memory,
         "log": log,
     }
     out = Path(args.out)
-    data.write_whole(out / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode())
+    if step == 0:
+        data.write_whole(out / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode())
+    else:  # before the checkpoint: whoever goes on from an older one writes the rows since then again
+        data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     data.write_whole(out / "ckpt.pt", lambda file: torch.save(content, file))
-    data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
 
 
 def restore(checkpoint, args, corpus, optimizer, device):
@@ -445,7 +453,8 @@ def main(argv=None):
             batch = get_batch(corpus.train, args, init, args.steps + i)  # batches that training does not use
             with autocast, eager():
                 init.fit(model, batch[:, :-1], rate=1 / (i + 1))  # so: the plain mean of all
-    save(args, step, model, optimizer, init, corpus, log)
+    if not args.resume:
+        save(args, step, model, optimizer, init, corpus, log)
     print(f"after Ctrl-C or a power cut, go on with --out={args.out} --resume\n")
 
     # The loop. Three of its lines are what this project is about: draw, the pass that starts there, observe.

@@ -321,13 +321,11 @@ def past_table(results):
         return found
 
     rows = []
-    for steps in ("500", "2000"):
+    for steps in ("500", "2000", "8000"):
         rows.append(["**control, capped**", "", steps, *cells(f"cap-1-{steps}")])
         for arm, prob in itertools.product(("prev", "tbtt"), ("0.1", "0.5", "1")):
-            rows.append([arm, prob, steps, *cells(f"{arm}-{prob}-{steps}", f"cap-1-{steps}")])
-    if "past-cap-1-8000-3" in results.curves:
-        rows.append(["**control, capped**", "", "8000", *cells("cap-1-8000")])
-        rows.append(["tbtt", "0.1", "8000", *cells("tbtt-0.1-8000", "cap-1-8000")])
+            if f"past-{arm}-{prob}-{steps}-{seeds[-1]}" in results.curves:
+                rows.append([arm, prob, steps, *cells(f"{arm}-{prob}-{steps}", f"cap-1-{steps}")])
     return table(["", "init_prob", "steps", "window loss", *(f"NLL at {t:,}" for t in places)], rows)
 
 
@@ -335,18 +333,18 @@ DOSES = (0, 125, 250, 500, 1000, 2000, 8000)
 
 
 def dose_points(results, arm, seed, name):
-    """[(post-training steps, number)] of zero or prev; 0 steps: the base, on the same texts as the others"""
+    """{post-training steps: number} of zero or prev; 0 steps: the base, on the same texts as the others"""
     prob = {"zero": "1", "prev": "0.1"}[arm]
     runs = {0: f"cap100000-{seed}"}
     runs |= {steps: f"dose-{arm}-{steps}-{seed}" for steps in (125, 250, 1000)}
     runs |= {steps: f"past-{arm}-{prob}-{steps}-{seed}" for steps in (500, 2000, 8000)}
-    return [(steps, results.at(runs[steps], name)) for steps in sorted(runs) if runs[steps] in results.curves]
+    return {steps: results.at(runs[steps], name) for steps in DOSES if runs[steps] in results.curves}
 
 
 def dose_table(results):
     rows = []
     for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
-        points = dict(dose_points(results, arm, seed, "excess"))
+        points = dose_points(results, arm, seed, "excess")
         cells = [f"{points[steps]:+.2f}" if steps in points else "" for steps in DOSES]
         rows.append([LABELS[arm].split(":")[0], str(seed), *cells])
     return table(["", "seed", *(f"{steps:,} steps" for steps in DOSES)], rows)
@@ -417,7 +415,7 @@ NEEDS = {  # of each table and figure: the run, or the measure and run, without 
     wrong_table: ("wrong_state", "prev-7"),
     trust_table: ("wrong_state", "prev-7"),
     corpora_table: "prose-prev-1",
-    past_table: "past-cap-1-2000-3",
+    past_table: "past-cap-1-8000-3",
     dose_table: "dose-prev-1000-3",
 }
 
@@ -517,7 +515,7 @@ def dose_figure(results):
         for arm, seed in itertools.product(("zero", "prev"), SEEDS[:2]):
             points = dose_points(results, arm, seed, name)
             label_once = {"zero": "from zero", "prev": "State Passing"}[arm] if seed == SEEDS[0] else None
-            axis.plot(*zip(*points), marker="o", color=COLORS[arm], label=label_once)
+            axis.plot(points.keys(), points.values(), marker="o", color=COLORS[arm], label=label_once)
         axis.set_xscale("symlog", base=2, linthresh=125, linscale=0.7)
         axis.set_xticks(DOSES, [f"{steps:,}" for steps in DOSES], fontsize=8)
         axis.set(xlabel="post-training steps", ylabel=f"{label} (nats/token)", xlim=(-15, 10000))
@@ -594,7 +592,7 @@ FIGURES = {  # name: (function, what it needs)
     "headline": (headline_figure, "cap-7"),
     "dose": (dose_figure, "dose-prev-1000-3"),
     "origin": (origin_figure, "official-0"),
-    "past": (past_figure, "past-cap-1-2000-3"),
+    "past": (past_figure, "past-cap-1-8000-3"),
     "wrong_state": (wrong_figure, ("wrong_state", "prev-7")),
 }
 
