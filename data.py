@@ -4,7 +4,7 @@ A corpus is a list of documents. A fifth of them is held out for evaluation; the
 the model. Both parts are encoded once, each document followed by a separator, and kept as one array of ids:
 
     data/<dataset>-<hash of the text>/<tokenizer>.json
-    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train-<hash of the file>.npy, and ...-val-...
+    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.npy, and ...-val.npy
 
 With the hashes in the names, a text or a tokenizer that changed never meets tokens of an older one.
 """
@@ -12,7 +12,6 @@ With the hashes in the names, a text or a tokenizer that changed never meets tok
 import argparse
 import base64
 import hashlib
-import io
 import json
 import os
 import re
@@ -198,22 +197,15 @@ def load_tokenizer(path, expected_hash=None, vocab_size=None):
 # -------- Tokens on disk
 
 
-def load_tokens(folder, name, tokenizer, texts):
-    """The ids of the texts, each followed by a separator, memory-mapped: written to folder/<name>-<hash>.npy
-    if they are not there yet. ValueError if the file is not, to the last bit, what was written."""
-    path = next(folder.glob(f"{name}-*.npy"), None)
-    if path is None:
+def load_tokens(path, tokenizer, texts):
+    """The ids of the texts, each followed by a separator, memory-mapped; made if not there yet."""
+    if not path.exists():
         separator = tokenizer.encode_single_token(SEPARATOR)
         dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
         arrays = []
         for text in tqdm(texts, "encoding", unit=" texts", disable=None):
             arrays.append(np.array([*tokenizer.encode_ordinary(text), separator], dtype=dtype))
-        content = io.BytesIO()
-        np.save(content, np.concatenate(arrays))
-        path = folder / f"{name}-{hash_of(content.getbuffer())}.npy"
-        write_whole(path, content.getbuffer())
-    if hash_of(path.read_bytes()) != path.stem.rpartition("-")[2]:
-        raise ValueError(f"{path} is damaged: delete it, it will be made again")
+        write_whole(path, lambda file: np.save(file, np.concatenate(arrays)))
     return np.load(path, mmap_mode="r")
 
 
@@ -227,15 +219,14 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     name = "python" if dataset == "python" else Path(dataset).resolve().name
     folder = Path("data") / f"{name}-{corpus_hash}"
     if isinstance(tokenizer, str):
-        known = {path.stem: path for path in folder.glob("*.json")}
-        if tokenizer not in known:
-            content = tokenizer_json(make_tokenizer(tokenizer, train)).encode()
-            known[tokenizer] = folder / f"{tokenizer}.json"
-            write_whole(known[tokenizer], content)
-        tokenizer = load_tokenizer(known[tokenizer])
+        path = folder / f"{tokenizer}.json"
+        if not path.exists():
+            write_whole(path, tokenizer_json(make_tokenizer(tokenizer, train)).encode())
+        tokenizer = load_tokenizer(path)
+
     tokenizer_hash = hash_of(tokenizer_json(tokenizer))
-    train_ids = load_tokens(folder, f"{tokenizer_hash}-train", tokenizer, train)
-    val_ids = load_tokens(folder, f"{tokenizer_hash}-val", tokenizer, val)
+    train_ids = load_tokens(folder / f"{tokenizer_hash}-train.npy", tokenizer, train)
+    val_ids = load_tokens(folder / f"{tokenizer_hash}-val.npy", tokenizer, val)
     print(f"corpus     {dataset} {corpus_hash}: {len(documents):,} files, {tokenizer.n_vocab:,} token ids")
     print(f"tokens     {len(train_ids):,} to train on, {len(val_ids):,} held out")
     return Corpus(corpus_hash, tokenizer, tokenizer_hash, train_ids, val_ids)
@@ -309,6 +300,11 @@ def number(kind, least, most=1e9):
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """For --help: line breaks as they are, defaults shown."""
+
+
+def make_parser(description, epilog=None):
+    style = {"formatter_class": Formatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=description, epilog=epilog, **style)
 
 
 def run_script(main):

@@ -14,7 +14,6 @@ those with t in (T/2, T], (T, 2T], (2T, 4T], ... Above 0, the longer past does h
 generalize in length. (In the first bucket both predictions are the same.) The *window loss* is the mean loss
 over all restarted windows: what training from other states costs within T. All is in float32."""
 
-import argparse
 import json
 import math
 from itertools import pairwise
@@ -53,7 +52,8 @@ def make_buckets(length, T):
 @torch.inference_mode()
 def evaluate(model, tokens, starts, length, T, bar):
     """Predicts tokens[start + 1 : start + 1 + length] for each start. length: a multiple of T/2, at least T.
-    -> a dict for each bucket: from, to, tokens, means in nats/token, standard errors (_se) over sequences."""
+    -> a dict for each bucket: from, to, tokens, means in nats/token, the excess's standard error (_se)."""
+
     half = T // 2
     b = len(starts)
     device = model.lm_head.weight.device
@@ -89,23 +89,15 @@ def evaluate(model, tokens, starts, length, T, bar):
             bar.update(b * (end - begin))
 
         count = bucket_end - max(bucket_begin, half)
-        loss = full / count  # (b)
-        excess = (full - restarted) / count
+        excess = (full - restarted) / count  # (b)
         row = {"from": bucket_end - count, "to": bucket_end, "tokens": b * count}
-        row |= {"nll": loss.mean().item(), "nll_se": standard_error(loss)}
-        row |= {"excess": excess.mean().item(), "excess_se": standard_error(excess)}
+        row |= {"nll": (full / count).mean().item(), "excess": excess.mean().item()}
+        row["excess_se"] = (excess.std() / b**0.5).item() if b > 1 else None
         rows.append(row)
     return [row | {"window_loss": window_sum / windows_seen} for row in rows]  # so that a row stands alone
 
 
-def standard_error(values):
-    """Of the mean of values (b); None if there is only one."""
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
-
-
 # -------- A table and a picture of {run: rows}
-
-COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#0072B2", "tbtt": "#CC79A7"}
 
 
 def print_table(results):
@@ -127,34 +119,28 @@ def print_table(results):
 
 
 def draw(path, results):
-    """Perplexity and excess over t: a line for each run, in the colour of its initial state."""
+    """Perplexity and excess over t, a line for each run; dotted: T."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    used = []
     for run, rows in results.items():
-        mode = rows[0]["init_state"]
-        style = ["-", "--", ":", "-."][used.count(mode) % 4]  # runs of one mode have one colour
-        used.append(mode)
-        look = {"color": COLORS[mode], "linestyle": style, "marker": "o", "markersize": 3}
         t = [row["to"] for row in rows]
-        left.plot(t, [math.exp(row["nll"]) for row in rows], label=run, **look)
-        right.plot(t, [row["excess"] for row in rows], **look)
+        left.plot(t, [math.exp(row["nll"]) for row in rows], "o-", markersize=3, label=run)
+        right.plot(t, [row["excess"] for row in rows], "o-", markersize=3)
     left.set(ylabel="perplexity", yscale="log")
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
     left.legend()
-    right.set(ylabel="excess over a restart (nats/token)")
+    right.set(ylabel="excess (nats/token)")
     right.axhline(0, color="gray", linewidth=0.8)
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params(axis="x", labelsize=8)
         axis.set_xlabel("t, tokens before the predicted one")
-        axis.grid(alpha=0.3)
         for T in {rows[0]["seq_len"] for rows in results.values()}:
             axis.axvline(T, color="gray", linestyle=":")
     data.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
@@ -162,8 +148,7 @@ def draw(path, results):
 
 
 def make_parser():
-    style = {"formatter_class": data.Formatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser = data.make_parser(__doc__)
     add = parser.add_argument
     count = data.number(int, 1)
     # fmt: off
@@ -186,19 +171,18 @@ def main(argv=None):
     data.check_can_write(args.out)
     device = choose_device(args.device)
     runs = {run: load_run(run, device) for run in args.runs}
-    tokenizers = []
+    texts = set()  # what they read: tokenizer and dataset
     for run, (model, checkpoint) in runs.items():
         model.config.backend = None if args.backend == "auto" else args.backend
-        tokenizers.append(data.load_tokenizer(run, checkpoint["tokenizer_hash"], model.config.vocab_size))
-    if len({data.tokenizer_json(tokenizer) for tokenizer in tokenizers}) > 1:
-        raise ValueError("these runs have different tokenizers, so their losses per token do not compare")
-    datasets = {checkpoint["args"]["dataset"] for _, checkpoint in runs.values()}
-    if len(datasets) > 1 and not args.dataset:
-        raise ValueError(f"these runs were trained on {' and '.join(sorted(datasets))}: choose a --dataset")
-    longest = max(checkpoint["args"]["seq_len"] for _, checkpoint in runs.values())
-    if args.max_len < longest:
-        raise ValueError(f"--max_len={args.max_len} is less than T = {longest}, the training length")
-    corpus = data.load_corpus(args.dataset or datasets.pop(), tokenizers[0])
+        tokenizer = data.load_tokenizer(run, checkpoint["tokenizer_hash"], model.config.vocab_size)
+        dataset = args.dataset or checkpoint["args"]["dataset"]
+        texts.add((data.tokenizer_json(tokenizer), dataset))
+        T = checkpoint["args"]["seq_len"]
+        if args.max_len < T:
+            raise ValueError(f"--max_len={args.max_len} is less than T = {T}, the training length of {run}")
+    if len(texts) > 1:
+        raise ValueError("these runs have different tokenizers, or datasets (then choose a --dataset)")
+    corpus = data.load_corpus(dataset, tokenizer)
     starts = choose_starts(corpus.val, args.max_len, args.sequences, args.seed)
     path = Path(args.out) / "results.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -209,8 +193,7 @@ def main(argv=None):
         T = checkpoint["args"]["seq_len"]
         length = args.max_len // (T // 2) * (T // 2)
         weights = [w.detach().cpu().numpy().tobytes() for w in model.parameters()]
-        key = {"weights": data.hash_of(b"".join(weights)), "corpus_hash": corpus.hash}
-        key |= {"init_state": checkpoint["args"].get("init_state", "zero"), "seq_len": T}
+        key = {"weights": data.hash_of(b"".join(weights)), "corpus_hash": corpus.hash, "seq_len": T}
         key |= {"max_len": length, "sequences": len(starts), "seed": args.seed}
         rows = [row for row in known if key.items() <= row.items()]
         if rows:
@@ -219,8 +202,11 @@ def main(argv=None):
             total = len(starts) * length
             with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
                 rows = evaluate(model, corpus.val, starts, length, T, bar)
-            rows = [{"run": run, "step": checkpoint["step"]} | key | row for row in rows]
+            about = {"run": run, "init_state": checkpoint["args"].get("init_state", "zero")}
+            about |= {"step": checkpoint["step"]} | key
+            rows = [about | row for row in rows]
             known += rows
+
             data.write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
         results[run] = rows
     print_table(results)

@@ -9,13 +9,11 @@ scan_kernel.py. So its state has two parts: *conv*, the last d_conv - 1 inputs o
 (state space model), the matrices of the scan. Carry both over, and a text cut into segments gives the same
 numbers as in one piece.
 
-Parameters have the names, shapes and meaning of the official implementation (MambaLMHeadModel of mamba_ssm).
-Dimensions: b batch · l length · h head · p head dim · n state dim · d model width
-"""
+Parameters are those of the official MambaLMHeadModel (mamba_ssm) in name, shape and meaning.
+Dimensions: b batch · l length · h head · p head dim · n state dim · d model width"""
 
 import json
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +26,7 @@ from scan_kernel import ssd
 
 @dataclass
 class Mamba2Config:
-    # Defaults: mamba_ssm's, but for chunk. train.py's flags have their own.
-    vocab_size: int
+    vocab_size: int  # (the other defaults are mamba_ssm's; train.py's flags have their own)
     d_model: int
     n_layer: int
     d_state: int = 128  # n
@@ -70,7 +67,7 @@ class GatedRMSNorm(nn.Module):
 class Mamba2(nn.Module):
     """A layer. From each token it projects z (a gate), x (what is written, times dt), B and C (where it is
     written and read) and, for each head, a time step dt > 0. A head with the rate A < 0 keeps exp(dt A) of
-    its state at each token, so it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the scan."""
+    its state at each token: it remembers about 1 / (dt |A|) tokens. D lets some of x pass by the scan."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,7 +88,7 @@ class Mamba2(nn.Module):
             conv = xBC.new_zeros(b, self.config.d_conv - 1, width)
         padded = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, d_conv - 1 + l, conv_dim)
         out = self.conv1d.bias
-        for i in range(self.config.d_conv):  # shifted products: faster on a CPU than its own convolution
+        for i in range(self.config.d_conv):  # shifted products: faster than nn.Conv1d on a CPU
             out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
         last = padded[:, l:].to(out.dtype, copy=True)  # float32; a view would keep all of `padded`
         return F.silu(out).to(xBC.dtype), last
@@ -132,8 +129,8 @@ class Block(nn.Module):
 
 
 class Mamba2LM(nn.Module):
-    """The state of the model is a list with a pair for each layer: conv (b, d_conv - 1, conv_dim) and ssm
-    (b, h, p, n), both float32. Where a state is optional, None stands for zeros."""
+    """Its state: for each layer a pair of conv (b, d_conv - 1, conv_dim) and ssm (b, h, p, n), float32. Where
+    a state is optional, None stands for zeros."""
 
     def __init__(self, config):
         super().__init__()
@@ -199,26 +196,24 @@ class Mamba2LM(nn.Module):
         return self.lm_head(hidden), None, state
 
     def per_token_nll(self, idx, targets, state=None):
-        """idx, targets (b, l) -> negative log-likelihood of each target (b, l) in nats, float32; state"""
+        """idx, targets (b, l) -> negative log-likelihood of each target (b, l) in nats; state"""
         hidden, state = self.hidden(idx, state)
         logits = self.lm_head(hidden).float()  # (b, l, vocab)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (b l)
         return nll.view(idx.shape), state
 
     @torch.no_grad()
-    def generate(self, idx, length, temperature=1.0, generator=None):
-        """Goes on from the prompt idx (b, l) -> (b, length). Temperature 0: always the likeliest token. The
-        state holds all that came before, so each token takes the same time and memory."""
+    def generate(self, idx, length, generator=None):
+        """Goes on from the prompt idx (b, l) -> (b, length). The state holds all that came before, so each
+        token takes the same time and memory."""
         out = []
         state = None
         for _ in range(length):
             hidden, state = self.hidden(idx, state)
-            logits = self.lm_head(hidden[:, -1])  # (b, vocab)
-            if temperature == 0:
-                idx = logits.argmax(-1, keepdim=True)  # (b, 1)
-            else:
-                idx = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            probabilities = self.lm_head(hidden[:, -1]).softmax(-1)  # (b, vocab)
+            idx = torch.multinomial(probabilities, 1, generator=generator)  # (b, 1)
             out.append(idx)
+
         return torch.cat(out, dim=1)
 
     @classmethod
@@ -244,12 +239,14 @@ class Mamba2LM(nn.Module):
         for name, value in only.items():
             if fields.get(name, value) != value:
                 raise ValueError(f"{name}={fields[name]} is not implemented here, only {value} is")
-        if (Path(folder) / "model.safetensors").exists():
+        file = Path(folder) / "model.safetensors"
+        if file.exists():
             from safetensors.torch import load_file
 
-            weights = load_file(Path(folder) / "model.safetensors")
+            weights = load_file(file)
         else:
-            weights = torch.load(Path(folder) / "pytorch_model.bin", map_location="cpu", weights_only=True)
+            file = Path(folder) / "pytorch_model.bin"
+            weights = torch.load(file, map_location="cpu", weights_only=True)
         weights = {name.replace(".embeddings.", ".embedding."): weight for name, weight in weights.items()}
         embedding = weights["backbone.embedding.weight"]  # (vocab_size, rounded up; d_model)
         if fields.get("tie_embeddings", True):
@@ -264,19 +261,16 @@ class Mamba2LM(nn.Module):
 def load_run(folder, device="cpu"):
     """-> (model in eval mode, checkpoint: a dict of tensors and plain values) of a run of train.py, or of an
     official checkpoint, of which we only know that T was 2,048. ValueError, in one line, if it cannot be
-    used. Nothing but tensors and plain values is loaded: a file cannot run code."""
+    used. Loading a file runs no code from it."""
     try:
         if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
             args = {"seq_len": 2048, "batch_size": 8, "dataset": "python", "lr": 3e-4}
             args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py asks for them; the folder decides
-            checkpoint = {"args": args, "step": 0, "corpus_hash": None, "tokenizer_hash": None}
+            checkpoint = {"args": args, "step": 0, "tokenizer_hash": None}
+
         else:
-            path = Path(folder) / "ckpt.pt"
-            with zipfile.ZipFile(path) as archive:  # torch.load does not notice a flipped bit
-                if archive.testzip():
-                    raise ValueError("it is damaged")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)
             model = Mamba2LM(Mamba2Config(**checkpoint["config"]))
             model.load_state_dict(checkpoint["model"])
     except Exception as error:  # noqa: BLE001 (a damaged file can raise anything)

@@ -9,24 +9,20 @@ Trained on windows of T tokens from the state 0, a recurrent model never meets t
 leads to, and may fail on them. arXiv 2507.02782 starts training windows from other states:
 
     zero      0, as usual
-    noise     Gaussian noise, with one standard deviation for all layers and heads
+    noise     Gaussian noise, with one standard deviation
     fitted    Gaussian noise, with the mean and standard deviation of states after T tokens, by layer and head
-    prev      the final state of the previous batch, which is other text      (State Passing)
-    tbtt      the same, and each row goes on with the text of the previous batch
-              (truncated backpropagation through time)
+    prev      the final state of the previous batch, which is other text (State Passing)
+    tbtt      the same, and each row goes on with that text (truncated backpropagation through time)
 
-The model, the loss and T stay the same. Only tbtt takes other batches.
-"""
+The model, the loss and T stay the same. Only tbtt takes other batches."""
 
-import argparse
 import atexit
-import functools
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
+
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -41,14 +37,14 @@ from tqdm import tqdm
 import data
 from model import Mamba2Config, Mamba2LM, choose_device, load_run
 
-# Which process of how many this is: 0 of 1, unless torchrun has started several. Each draws the whole batch
-# and takes its rows of it; process 0 prints and writes.
+# This process, of so many: 0 of 1, unless torchrun has started several. Each draws the whole batch and takes
+# its rows of it; process 0 prints and writes.
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 # -------- The initial state: the idea of this project
 
-# Of fitted: batches that are measured before training, steps between two measurements, weight of a new one.
+# Of fitted: batches measured before training, steps between two measurements after, weight of a new one.
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
 
 
@@ -58,38 +54,36 @@ class InitialState:
     sees the state after the last token. What is kept in between is in `memory`, a list with a tensor for each
     layer under each name: "ssm" (in tbtt "conv" too), or for fitted "mean" and "mean_square".
 
-    The mode decides on ssm. conv is zero except in tbtt, where these tokens really come before (the paper
-    does not say; this is our choice)."""
+    The mode decides on ssm. conv is zero except in tbtt, where these tokens really come before (our choice:
+    the paper does not say)."""
 
     def __init__(self, args, device, memory):
         self.mode = args.init_state  # the name of the mode, not a state
-        self.noise_std = args.noise_std
-        self.init_prob = args.init_prob
-        self.seed = args.seed
+        self.args = args
         self.device = device
         self.memory = memory
 
     def draw(self, model, b, step):
-        """-> the state that b windows start from; None stands for zeros"""
+        """-> the state that b windows start from; None: zeros"""
         if self.mode == "zero":
             return None
         conv, ssm = map(list, zip(*model.zero_state(b)))  # a tensor for each layer; ssm: (b, h, p, n)
         if self.mode == "noise":
-            ssm = [self.noise_std * z for z in self.noise(ssm, step)]
+            ssm = [self.args.noise_std * z for z in self.noise(ssm, step)]
         elif self.mode == "fitted":
             for i, z in enumerate(self.noise(ssm, step)):
                 mean = self.memory["mean"][i][:, None, None]  # (h, 1, 1)
                 mean_square = self.memory["mean_square"][i][:, None, None]  # (h, 1, 1)
                 ssm[i] = mean + (mean_square - mean**2).clamp(min=0).sqrt() * z
-        else:  # prev and tbtt: row i starts where row i of the last step ended; the first step's, from zero
+        else:  # prev and tbtt: where the same row of the last step ended; in the first step, zero
             ssm = self.memory.get("ssm", ssm)
             conv = self.memory.get("conv", conv)
         for t in (*conv, *ssm):
-            t[: self.first_row(b)] = 0  # rows that start from zero, always the same (in place: in memory too)
+            t[: self.first_row(b)] = 0  # rows that start from zero, always the same; in memory too
         return list(zip(conv, ssm))
 
     def observe(self, state):
-        """state: after the last token. Detached: no gradient reaches the step before."""
+        """state: after the last token. Detached, so that no gradient reaches the step before."""
         if self.mode in ("prev", "tbtt"):
             self.memory["ssm"] = [ssm.detach() for _, ssm in state]
         if self.mode == "tbtt":
@@ -98,27 +92,25 @@ class InitialState:
     @torch.no_grad()
     def fit(self, model, inputs, rate):
         """For fitted: moves the mean and mean square of each layer and head towards those of the states after
-        these windows. The windows start from 0: after fitted noise, the noise would be fitted to itself."""
+        these windows. They start from 0: after fitted noise, the noise would be fitted to itself."""
         _, state = model.hidden(inputs)
-        means = {
-            "mean": [ssm.mean((0, 2, 3)) for _, ssm in state],  # each (h)
-            "mean_square": [(ssm**2).mean((0, 2, 3)) for _, ssm in state],
-        }
+        means = {"mean": [ssm.mean((0, 2, 3)) for _, ssm in state]}  # each (h)
+        means["mean_square"] = [(ssm**2).mean((0, 2, 3)) for _, ssm in state]
         for name, tensors in means.items():
             new = [mean_over_processes(t) for t in tensors]
             old = self.memory.get(name, new)
             self.memory[name] = [torch.lerp(*pair, rate) for pair in zip(old, new)]
 
     def noise(self, ssm, step):
-        """Standard normal tensors like those in ssm: a function of seed and step, for all processes."""
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + step)
+        """Standard normal tensors like those in ssm, by seed and step alone"""
+        generator = torch.Generator(self.device).manual_seed(self.args.seed * 1_000_003 + step)
         shape = (WORLD * len(ssm[0]), *ssm[0].shape[1:])
         return [own_rows(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
 
     def first_row(self, b):
-        """Of this process's b rows, the first with a state: always the last of all rows, to pass it on."""
+        """Of this process's b rows, the first with a state. Always the last rows have one, to pass it on."""
         rows = WORLD * b
-        with_state = max(1, round(self.init_prob * rows)) if self.init_prob > 0 else 0
+        with_state = max(self.args.init_prob > 0, round(self.args.init_prob * rows))  # at least one
         return min(max(rows - with_state - RANK * b, 0), b)
 
 
@@ -145,7 +137,7 @@ def make_optimizer(model, device):
 
 
 def get_batch(tokens, args, init, step):
-    """(b, T + 1) ids: random windows. In tbtt, rows that get a state go on with the text where they were."""
+    """(b, T + 1) ids: random windows; in tbtt, rows that get a state go on with their text"""
     which = (tokens, WORLD * args.batch_size, args.seq_len, args.seed, step)
     batch = own_rows(data.random_windows(*which))
     if args.init_state == "tbtt":
@@ -156,21 +148,13 @@ def get_batch(tokens, args, init, step):
 
 @torch.no_grad()
 def validate(model, tokens, T, device):
-    """Two mean losses (nats/token) of the same held-out tokens, those from 32 T to 64 T of 16 texts: in
-    windows from a zero state, and after all that comes before, the state carried over."""
-    sums = {"window_loss": 0.0, "carried_loss": 0.0}
-    state = None
-    for i in range(64):
-        batch = data.next_windows(tokens, 16, T, seed=0, step=i).to(device)
-        _, loss, state = model(batch[:, :-1], batch[:, 1:], state)
-        if i >= 32:
-            sums["carried_loss"] += loss.item() / 32
-            sums["window_loss"] += model(batch[:, :-1], batch[:, 1:])[1].item() / 32
-    return sums
+    """The mean loss (nats/token) of 512 held-out windows from a zero state, always the same ones"""
+    batches = [data.random_windows(tokens, 16, T, seed=0, step=i).to(device) for i in range(32)]
+    return sum(model(batch[:, :-1], batch[:, 1:])[1].item() for batch in batches) / 32
 
 
 def choose_dtype(name, device):
-    """auto: bfloat16 where the hardware multiplies it by itself, float32 elsewhere."""
+    """auto: bfloat16 where the hardware multiplies it, float32 elsewhere"""
     if name != "auto":
         return name
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -181,7 +165,7 @@ def choose_dtype(name, device):
 
 
 def compile_layers(model, device):
-    # On a CPU, keep the convolution's inputs, not compute them again for each of its terms: 5 to 15 % faster.
+    # On a CPU, keep the convolution's inputs, not compute them again for each term: 5 to 15 % faster.
     options = {"realize_reads_threshold": 2} if device.type == "cpu" else None
     for block in model.backbone.layers:
         block.register_forward_hook(detach_state)
@@ -189,13 +173,13 @@ def compile_layers(model, device):
 
 
 def detach_state(block, inputs, outputs):
-    """The loss does not use final states. Compiled code would pass on their gradient all the same: zeros."""
+    """The loss does not use final states. Compiled code would pass on their gradient all the same, zeros."""
     x, state = outputs
     return x, tuple(t.detach() for t in state)
 
 
 def eager():
-    """A context where nothing runs compiled: other shapes than training's would be compiled anew."""
+    """A context where nothing runs compiled: other shapes than training's would be compiled again."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -204,12 +188,12 @@ def eager():
 MID = {"d_model": 256, "n_layer": 4, "headdim": 64}
 SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "tokenizer": "bpe4096"}
 PRESETS = {
-    "tiny": {},  # 0.4M parameters; trained within minutes on a CPU
+    "tiny": {},  # 0.4M parameters: minutes on a CPU
     "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.1M
     "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 19M, for a GPU
 }
 POST_TRAINING = {"steps": 500, "init_prob": 0.1}  # with --init_from
-# Flags that Mamba2Config takes; flags that may differ when a run is resumed.
+# Flags of Mamba2Config; flags that may differ when a run is resumed.
 MODEL = ("d_model", "n_layer", "d_state", "headdim", "A_init", "A_init_range")
 MACHINE = ("out", "resume", "device", "backend", "compile")
 
@@ -217,8 +201,7 @@ MACHINE = ("out", "resume", "device", "backend", "compile")
 def make_parser():
     presets = "".join(f"--preset={name}: {values}\n" for name, values in PRESETS.items())
     epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}, the rest as in that run"
-    style = {"formatter_class": data.Formatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, **style)
+    parser = data.make_parser(__doc__, epilog)
     add = parser.add_argument
     count = data.number(int, 1)
     not_negative = data.number(float, 0)
@@ -226,11 +209,11 @@ def make_parser():
     modes = ["zero", "noise", "fitted", "prev", "tbtt"]
     add("--init_state", default="zero", choices=modes, help="what training windows start from")
     add("--init_prob", default=1.0, type=data.number(float, 0, 1),
-        help="share of the windows that start from it, at least one if above 0; the others start from zero")
+        help="share of the windows that start from it, if above 0 at least one; the others start from zero")
     add("--noise_std", default=0.1, type=not_negative, help="standard deviation, for noise (our choice)")
     add("--out", help="folder of the run; None: out/<init_state>")
     add("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
-    add("--init_from", metavar="RUN", help="start from the weights of this run, or official checkpoint")
+    add("--init_from", metavar="RUN", help="start from the weights of a run, or an official checkpoint")
     add("--preset", default="tiny", choices=PRESETS, help="sizes of the model and of its training")
     add("--steps", default=500, type=count, help="optimizer steps")
     add("--batch_size", default=64, type=count, help="windows a step, in each process")
@@ -260,8 +243,7 @@ def make_parser():
 
 
 def parse(argv):
-    """-> flags, model, checkpoint (of the run to resume or to start from, else None and None). A ValueError
-    says which flag is wrong; nothing has been written then."""
+    """-> flags, model, checkpoint (of the run to resume or to start from, else None and None)"""
     parser = make_parser()
     args = parser.parse_args(argv)
     out = args.out or f"out/{args.init_state}"
@@ -278,8 +260,7 @@ def parse(argv):
         theirs = checkpoint["args"]
         fixed = {name: getattr(model.config, name) for name in MODEL}
         fixed |= {name: theirs[name] for name in ("preset", "tokenizer")}
-        # These may be changed by a flag.
-        same = ("seq_len", "batch_size", "dataset", "lr")
+        same = ("seq_len", "batch_size", "dataset", "lr")  # unless a flag says otherwise
         defaults = POST_TRAINING | {name: theirs[name] for name in same}
     parser.set_defaults(**defaults | fixed)
     args = parser.parse_args(argv)  # again, with the right defaults
@@ -288,10 +269,10 @@ def parse(argv):
         if getattr(args, name) != value:
             raise ValueError(f"--{name} should be as in the other run, {value}: leave it out")
     data.check_can_write(out)
-    # (A run that was killed before its first checkpoint has left a tokenizer, and a hidden temporary file.)
-    files = {path.name for path in Path(out).glob("[!.]*")} - {"tokenizer.json"}
-    if files and not args.resume:
-        raise ValueError(f"{out} is not empty: go on with its run by --resume, or choose another --out")
+    taken = {path.name for path in Path(out).glob("*")} & {"ckpt.pt", "log.jsonl", "config.json"}
+    if taken and not args.resume:
+        raise ValueError(f"{out} holds a run: go on with it by --resume, or choose another --out")
+
     if args.seq_len % 2:
         raise ValueError(f"--seq_len={args.seq_len} should be even: evaluation works with halves of it")
     return args, model, checkpoint
@@ -333,30 +314,22 @@ def mean_over_processes(tensor):
 # -------- A run on disk: ckpt.pt, tokenizer.json, log.jsonl
 
 
-@functools.cache  # asked once, not at every checkpoint
-def versions():
-    code, git = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
-    found = {"git": None if code else git}  # there may be no git here
-    return found | {"python": platform.python_version(), "torch": str(torch.__version__)}
-
-
 def save(args, step, model, optimizer, init, corpus, log):
-    """Writes the log, a row a line, and the checkpoint: plain values and tensors, all that it takes to go on,
-    or to make the same run again. Beside the first one, the tokenizer."""
+    """Writes the log, a row a line, and the checkpoint: plain values and tensors, all that it takes to go on.
+    Beside the first one, the tokenizer."""
     memory = init.memory
     if "ssm" in memory:  # each process has its own rows; the means of fitted are the same in all
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
     content = {
-        "config": asdict(model.config) | {"backend": None},  # that is the machine's business
+        "config": asdict(model.config),
         "args": vars(args),
         "step": step,
-        "tokens": step * WORLD * args.batch_size * args.seq_len,
         "processes": WORLD,
         "corpus_hash": corpus.hash,
         "tokenizer_hash": corpus.tokenizer_hash,
-        "made_by": versions(),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "memory": memory,
@@ -365,13 +338,13 @@ def save(args, step, model, optimizer, init, corpus, log):
     out = Path(args.out)
     if step == 0:
         data.write_whole(out / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode())
-    else:  # before the checkpoint: whoever goes on from an older one writes the rows since then again
+    else:  # before the checkpoint: a run that goes on from an older one writes its later rows again
         data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
     data.write_whole(out / "ckpt.pt", lambda file: torch.save(content, file))
 
 
 def restore(checkpoint, args, corpus, optimizer, device):
-    """-> the step to go on with, the memory of InitialState and the log"""
+    """-> step, InitialState's memory, log"""
     if checkpoint["processes"] != WORLD:
         raise ValueError(f"{args.out} was trained by {checkpoint['processes']} processes: take as many")
     if checkpoint["corpus_hash"] != corpus.hash:
@@ -385,9 +358,8 @@ def restore(checkpoint, args, corpus, optimizer, device):
 
 
 def prepare_corpus(args, model, checkpoint):
-    """With the tokenizer of the run to go on with, if there is one."""
     tokenizer = args.tokenizer
-    if checkpoint:
+    if checkpoint:  # that of the other run
         folder = args.out if args.resume else args.init_from
         tokenizer = data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
     corpus = data.load_corpus(args.dataset, tokenizer)
@@ -404,7 +376,7 @@ def prepare_model(args, model, corpus, device, autocast):
     model.config.backend = None if args.backend == "auto" else args.backend
     model.to(device).train()
     with autocast:
-        model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # a backend that fails does so now
+        model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # if the backend fails, then now
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         compile_layers(model, device)
     print(f"model      {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -416,10 +388,8 @@ def prepare_model(args, model, corpus, device, autocast):
 
 def print_row(row, bar):
     line = "step {step:6,}  loss {loss:.4f}  lr {lr:.1e}  grad {grad_norm:.2f}  {tokens_per_s:8,.0f} tok/s"
-    held_out = "held-out loss {window_loss:.4f} in windows, {carried_loss:.4f} at 32 T to 64 T"
+    line += "  held-out {held_out_loss:.4f}" if "held_out_loss" in row else ""
     bar.write(line.format(**row))
-    if "window_loss" in row:
-        bar.write(held_out.format(**row))
 
 
 def print_sample(model, tokenizer, seed, device):
@@ -431,7 +401,7 @@ def print_sample(model, tokenizer, seed, device):
 
 def main(argv=None):
     # What to train, and on what.
-    torch.set_flush_denormal(True)  # products of many decays: below 1e-38 they take a CPU ten times longer
+    torch.set_flush_denormal(True)  # products of many decays: below 1e-38 a CPU takes ten times as long
     args, model, checkpoint = parse(argv)
     join_processes()
     device = choose_device(args.device)
@@ -495,7 +465,8 @@ def main(argv=None):
             row |= {"grad_norm": grad_norm, "tokens_per_s": tokens_per_s}
             if saving:
                 with autocast, eager():
-                    row |= validate(model, corpus.val, args.seq_len, device)
+                    row["held_out_loss"] = validate(model, corpus.val, args.seq_len, device)
+
             print_row(row, bar)
             log.append(row)
             if saving:
