@@ -38,8 +38,7 @@ PATTERN = r" ?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|\s*\n|\s+(?!\S)|\s+"
 
 class Corpus(NamedTuple):
     hash: str  # of the text and how it is split, 12 hex digits
-    tokenizer: object  # with encode_ordinary, decode, n_vocab
-    tokenizer_hash: str
+    tokenizer: object  # see read_tokenizer
     train: np.ndarray  # ids, uint16 or uint32, memory-mapped
     val: np.ndarray
 
@@ -48,8 +47,8 @@ class Corpus(NamedTuple):
 
 
 def read_documents(dataset):
-    """{name: text} of a dataset: "python", the path of a text file, or that of a folder. Files that are not
-    UTF-8 are left out: a picture, a text in another encoding, ..."""
+    """{name: text} of a dataset: "python", the path of a text file, or that of a folder, of which files that
+    are not UTF-8 are left out"""
     python = dataset == "python"
     root = Path(sysconfig.get_paths()["stdlib"] if python else dataset)
     if not root.exists():
@@ -91,7 +90,7 @@ def train_bpe(texts, vocab_size):
     Each distinct word is kept once, with its frequency, and after a merge only the words that hold the new
     token are counted again: seconds instead of hours."""
     frequency = Counter()
-    for text in tqdm(texts, "counting words", unit=" texts", disable=None):
+    for text in texts:
         frequency.update(re.findall(PATTERN, text))
     words = []
     for word, n in frequency.items():
@@ -133,19 +132,26 @@ def train_bpe(texts, vocab_size):
 
 
 def make_tokenizer(spec, texts):
-    """spec: "byte" (257 ids), "bpeN" (N ids, learnt from `texts`) or "gpt2" (tiktoken's, downloaded once)."""
-    if spec == "gpt2":
-        return tiktoken.get_encoding("gpt2")  # an OSError without internet
+    """spec: "byte" (257 ids) or "bpeN" (N ids, learnt from `texts`) -> the tokenizer as text, JSON"""
     number = re.fullmatch(r"bpe(\d{1,7})", spec)
     size = 257 if spec == "byte" else int(number[1]) if number else 0
     if size < 257:
-        raise ValueError(f"--tokenizer={spec}: should be byte, bpeN with N >= 257 (such as bpe1024), or gpt2")
-    names = {"pat_str": PATTERN, "mergeable_ranks": train_bpe(texts, size)}
-    return tiktoken.Encoding(spec, special_tokens={SEPARATOR: size - 1}, **names)
+        raise ValueError(f"--tokenizer={spec}: should be byte, or bpeN with N >= 257, such as bpe1024")
+    ranks = [[base64.b64encode(token).decode(), rank] for token, rank in train_bpe(texts, size).items()]
+    fields = dict(name=spec, pattern=PATTERN, special={SEPARATOR: size - 1}, ranks=ranks)
+    return json.dumps(fields, separators=(",", ":"))
 
 
-def hugging_face(text):
-    """A tokenizer.json of the `tokenizers` library, with what we use of tiktoken.Encoding's interface."""
+def read_tokenizer(text):
+    """The tokenizer of such a text, or of a tokenizer.json of the `tokenizers` library. It has
+    encode_ordinary, encode_single_token, decode and n_vocab, as in tiktoken, and `text`."""
+    fields = json.loads(text)
+    if "model" not in fields:
+        ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
+        names = dict(pat_str=fields["pattern"], mergeable_ranks=ranks, special_tokens=fields["special"])
+        tokenizer = tiktoken.Encoding(fields["name"], **names)
+        tokenizer.text = text
+        return tokenizer
     from tokenizers import Tokenizer
 
     theirs = Tokenizer.from_str(text)
@@ -161,32 +167,12 @@ def hugging_face(text):
     )
 
 
-def tokenizer_json(tokenizer):
-    """A tokenizer as text: what is saved, and what its hash is taken of. (tiktoken has no public way.)"""
-    if isinstance(tokenizer, SimpleNamespace):
-        return tokenizer.text
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    ranks = [[base64.b64encode(token).decode(), rank] for token, rank in ranks]
-    fields = {"name": tokenizer.name, "pattern": tokenizer._pat_str, "special": tokenizer._special_tokens}
-    return json.dumps(fields | {"ranks": ranks}, separators=(",", ":"))
-
-
-def load_tokenizer(path, expected_hash=None, vocab_size=None):
-    """The tokenizer of a tokenizer.json, ours or Hugging Face's, or of the run folder that holds one.
-    ValueError if it is damaged, not the one with this hash, or knows more ids than a model of vocab_size."""
-    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+def load_tokenizer(folder, vocab_size):
+    """Of a run. ValueError if the file is damaged, or knows more ids than a model of vocab_size"""
+    path = Path(folder) / "tokenizer.json"
     try:
-        text = path.read_text(encoding="utf-8")
-        if expected_hash not in (None, hash_of(text)):
-            raise ValueError(f"its hash is {hash_of(text)}, not {expected_hash}")
-        fields = json.loads(text)
-        if "model" in fields:
-            tokenizer = hugging_face(text)
-        else:
-            ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
-            names = {"pat_str": fields["pattern"], "mergeable_ranks": ranks}
-            tokenizer = tiktoken.Encoding(fields["name"], special_tokens=fields["special"], **names)
-        if vocab_size is not None and tokenizer.n_vocab > vocab_size:
+        tokenizer = read_tokenizer(path.read_text(encoding="utf-8"))
+        if tokenizer.n_vocab > vocab_size:
             raise ValueError(f"it has {tokenizer.n_vocab} ids, the model has {vocab_size}")
         return tokenizer
     except Exception as error:  # noqa: BLE001 (a damaged file can raise anything)
@@ -221,15 +207,14 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     if isinstance(tokenizer, str):
         path = folder / f"{tokenizer}.json"
         if not path.exists():
-            write_whole(path, tokenizer_json(make_tokenizer(tokenizer, train)).encode())
-        tokenizer = load_tokenizer(path)
-
-    tokenizer_hash = hash_of(tokenizer_json(tokenizer))
+            write_whole(path, make_tokenizer(tokenizer, train))
+        tokenizer = read_tokenizer(path.read_text())
+    tokenizer_hash = hash_of(tokenizer.text)
     train_ids = load_tokens(folder / f"{tokenizer_hash}-train.npy", tokenizer, train)
     val_ids = load_tokens(folder / f"{tokenizer_hash}-val.npy", tokenizer, val)
     print(f"corpus     {dataset} {corpus_hash}: {len(documents):,} files, {tokenizer.n_vocab:,} token ids")
     print(f"tokens     {len(train_ids):,} to train on, {len(val_ids):,} held out")
-    return Corpus(corpus_hash, tokenizer, tokenizer_hash, train_ids, val_ids)
+    return Corpus(corpus_hash, tokenizer, train_ids, val_ids)
 
 
 # -------- Batches. What is drawn for a step depends on the seed and the step alone, also in a resumed run.
@@ -253,13 +238,13 @@ def next_windows(tokens, b, l, seed, step):
 # -------- Files, flags and errors, for the other scripts too
 
 
-def hash_of(content):
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
+def hash_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def write_whole(path, content):
-    """Writes bytes, or what content(file) writes, to a temporary file, and renames it to `path`: whoever
-    looks there finds the old file or the whole new one, whatever interrupts."""
+    """Writes a text, or what content(file) writes, to a temporary file, and renames it: whatever interrupts,
+    `path` is the old file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -268,22 +253,21 @@ def write_whole(path, content):
             if callable(content):
                 content(file)
             else:
-                file.write(content)
+                file.write(content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}); it is as it was") from None
+        raise OSError(f"{path} could not be written, it is as it was: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_can_write(folder):
-    """ValueError if a file in `folder`, which need not exist yet, could not be written."""
+    """ValueError if no file can be written in `folder`, which need not exist yet"""
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--out={folder} cannot be written to: {there} is no folder to write in")
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out={folder}: {there} is no folder to write in")
 
 
 def number(kind, least, most=1e9):
@@ -303,8 +287,14 @@ class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsH
 
 
 def make_parser(description, epilog=None):
-    style = {"formatter_class": Formatter, "allow_abbrev": False}
-    return argparse.ArgumentParser(description=description, epilog=epilog, **style)
+    """-> parser, and add(flag, default, help, ...), which adds a flag to it"""
+    style = dict(formatter_class=Formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, **style)
+
+    def add(flag, default, help, **more):
+        parser.add_argument(flag, default=default, help=help, **more)
+
+    return parser, add
 
 
 def run_script(main):

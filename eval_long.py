@@ -91,7 +91,7 @@ def evaluate(model, tokens, starts, length, T, bar):
         count = bucket_end - max(bucket_begin, half)
         excess = (full - restarted) / count  # (b)
         row = {"from": bucket_end - count, "to": bucket_end, "tokens": b * count}
-        row |= {"nll": (full / count).mean().item(), "excess": excess.mean().item()}
+        row |= dict(nll=(full / count).mean().item(), excess=excess.mean().item())
         row["excess_se"] = (excess.std() / b**0.5).item() if b > 1 else None
         rows.append(row)
     return [row | {"window_loss": window_sum / windows_seen} for row in rows]  # so that a row stands alone
@@ -104,15 +104,12 @@ def print_table(results):
     width = max(28, *(len(run) + 2 for run in results))
     print(f"\n{'':24}" + "".join(f"{run:>{width}}" for run in results))
     print(f"{'t':>13}{'tokens':>11}" + f"{'perplexity   excess   +-':>{width}}" * len(results))
-    cells = {}  # (from, to, tokens): {run: text}
-    for run, rows in results.items():
+    for rows in zip(*results.values()):  # one bucket, of all runs
+        line = f"{rows[0]['from']}-{rows[0]['to']}".rjust(13) + f"{rows[0]['tokens']:>11,}"
         for row in rows:
             error = "" if row["excess_se"] is None else f"{row['excess_se']:.3f}"
-            text = f"{math.exp(row['nll']):10.2f} {row['excess']:+8.3f} {error:>5}"
-            cells.setdefault((row["from"], row["to"], row["tokens"]), {})[run] = text
-    for (begin, end, tokens), texts in sorted(cells.items()):
-        line = "".join(f"{texts.get(run, ''):>{width}}" for run in results)
-        print(f"{f'{begin}-{end}':>13}{tokens:>11,}{line}")
+            line += f"{math.exp(row['nll']):10.2f} {row['excess']:+8.3f} {error:>5}".rjust(width)
+        print(line)
     losses = "".join(f"{rows[0]['window_loss']:{width}.3f}" for rows in results.values())
     print(f"{'window loss':>24}{losses}")
     print("\nexcess: nats/token lost by reading all t tokens, not only the last T/2 to T; +-: standard error")
@@ -120,46 +117,43 @@ def print_table(results):
 
 def draw(path, results):
     """Perplexity and excess over t, a line for each run; dotted: T."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for run, rows in results.items():
-        t = [row["to"] for row in rows]
-        left.plot(t, [math.exp(row["nll"]) for row in rows], "o-", markersize=3, label=run)
-        right.plot(t, [row["excess"] for row in rows], "o-", markersize=3)
-    left.set(ylabel="perplexity", yscale="log")
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
-    left.legend()
-    right.set(ylabel="excess (nats/token)")
-    right.axhline(0, color="gray", linewidth=0.8)
-    for axis in (left, right):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    curves = {
+        "perplexity": lambda row: math.exp(row["nll"]),
+        "excess (nats/token)": lambda row: row["excess"],
+    }
+    for axis, (name, value) in zip(axes, curves.items()):
+        for run, rows in results.items():
+            t = [row["to"] for row in rows]
+            axis.plot(t, [value(row) for row in rows], "o-", markersize=3, label=run)
+        axis.axvline(rows[0]["seq_len"], color="gray", linestyle=":")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.tick_params(axis="x", labelsize=8)
-        axis.set_xlabel("t, tokens before the predicted one")
-        for T in {rows[0]["seq_len"] for rows in results.values()}:
-            axis.axvline(T, color="gray", linestyle=":")
+        axis.set(xlabel="t, tokens before the predicted one", ylabel=name)
+    axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    axes[0].legend()
+    axes[1].axhline(0, color="gray", linewidth=0.8)
     data.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150))
-    pyplot.close(figure)
 
 
 def make_parser():
-    parser = data.make_parser(__doc__)
-    add = parser.add_argument
+    parser, add = data.make_parser(__doc__)
     count = data.number(int, 1)
     # fmt: off
-    add("runs", nargs="+", help="run folders made by train.py, or official checkpoints")
-    add("--max_len", default=65536, type=count, help="tokens of a sequence")
-    add("--sequences", type=count, help="how many; None: as many as the text has, at most 8")
-    add("--seed", default=0, type=data.number(int, 0), help="of where they begin")
-    add("--dataset", help="python, or a UTF-8 text file or folder; None: that of the runs")
-    add("--out", default="out/eval", help="folder of results.jsonl and excess.png")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--backend", default="auto", choices=["auto", "triton", "torch"], help="of the scan")
+    parser.add_argument("runs", nargs="+", help="run folders made by train.py, or official checkpoints")
+    add("--max_len", 65536, "tokens of a sequence", type=count)
+    add("--sequences", None, "how many; None: as many as the text has, at most 8", type=count)
+    add("--seed", 0, "of where they begin", type=data.number(int, 0))
+    add("--dataset", None, "python, or a UTF-8 text file or folder; None: that of the runs")
+    add("--out", "out/eval", "folder of results.jsonl and excess.png")
+    add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--backend", None, "of the scan; None: triton on a GPU", choices=["triton", "torch"])
     # fmt: on
     return parser
 
@@ -171,44 +165,34 @@ def main(argv=None):
     data.check_can_write(args.out)
     device = choose_device(args.device)
     runs = {run: load_run(run, device) for run in args.runs}
-    texts = set()  # what they read: tokenizer and dataset
+    kinds = set()
     for run, (model, checkpoint) in runs.items():
-        model.config.backend = None if args.backend == "auto" else args.backend
-        tokenizer = data.load_tokenizer(run, checkpoint["tokenizer_hash"], model.config.vocab_size)
+        model.config.backend = args.backend
+        tokenizer = data.load_tokenizer(run, model.config.vocab_size)
         dataset = args.dataset or checkpoint["args"]["dataset"]
-        texts.add((data.tokenizer_json(tokenizer), dataset))
         T = checkpoint["args"]["seq_len"]
-        if args.max_len < T:
-            raise ValueError(f"--max_len={args.max_len} is less than T = {T}, the training length of {run}")
-    if len(texts) > 1:
-        raise ValueError("these runs have different tokenizers, or datasets (then choose a --dataset)")
+        kinds.add((tokenizer.text, dataset, T))
+    if len(kinds) > 1:
+        raise ValueError("these runs have different tokenizers, datasets or T: evaluate them one by one")
+    if args.max_len < T:
+        raise ValueError(f"--max_len={args.max_len} is less than T = {T}, the training length")
     corpus = data.load_corpus(dataset, tokenizer)
+    length = args.max_len // (T // 2) * (T // 2)
     starts = choose_starts(corpus.val, args.max_len, args.sequences, args.seed)
-    path = Path(args.out) / "results.jsonl"
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    # Run by run. What is finished is written at once, and found again by the next call.
+    # Run by run. What is finished is written at once, after what stands there already.
+    path = Path(args.out) / "results.jsonl"
+    known = path.read_text() if path.exists() else ""
     results = {}
     for run, (model, checkpoint) in runs.items():
-        T = checkpoint["args"]["seq_len"]
-        length = args.max_len // (T // 2) * (T // 2)
-        weights = [w.detach().cpu().numpy().tobytes() for w in model.parameters()]
-        key = {"weights": data.hash_of(b"".join(weights)), "corpus_hash": corpus.hash, "seq_len": T}
-        key |= {"max_len": length, "sequences": len(starts), "seed": args.seed}
-        rows = [row for row in known if key.items() <= row.items()]
-        if rows:
-            print(f"{run} is in {path} already")
-        else:
-            total = len(starts) * length
-            with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
-                rows = evaluate(model, corpus.val, starts, length, T, bar)
-            about = {"run": run, "init_state": checkpoint["args"].get("init_state", "zero")}
-            about |= {"step": checkpoint["step"]} | key
-            rows = [about | row for row in rows]
-            known += rows
-
-            data.write_whole(path, "".join(json.dumps(row) + "\n" for row in known).encode())
-        results[run] = rows
+        total = len(starts) * length
+        with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
+            rows = evaluate(model, corpus.val, starts, length, T, bar)
+        about = dict(run=run, init_state=checkpoint["args"].get("init_state", "zero"), seq_len=T)
+        about |= dict(step=checkpoint["step"], corpus_hash=corpus.hash, max_len=length, seed=args.seed)
+        results[run] = [about | row for row in rows]
+        known += "".join(json.dumps(row) + "\n" for row in results[run])
+        data.write_whole(path, known)
     print_table(results)
     draw(path.with_name("excess.png"), results)
     print(f"{path}\n{path.with_name('excess.png')}")

@@ -43,7 +43,6 @@ class Mamba2Config:
     backend: str | None = None  # of the scan: "triton", "torch", or None for the better one
 
     def __post_init__(self):
-        self.A_init_range = list(self.A_init_range)
         self.d_inner = self.expand * self.d_model
         self.nheads = self.d_inner // self.headdim
         self.conv_dim = self.d_inner + 2 * self.d_state  # x, B and C go through the convolution
@@ -224,18 +223,17 @@ class Mamba2LM(nn.Module):
         # (transformers may write infinity as {"__float__": "Infinity"}.)
         fields = json.loads(text, object_hook=lambda d: math.inf if "__float__" in d else d)
         if "hidden_size" in fields:  # by transformers: under the names of mamba_ssm
-            names = {"hidden_size": "d_model", "num_hidden_layers": "n_layer", "state_size": "d_state"}
-            names |= {"head_dim": "headdim", "conv_kernel": "d_conv", "tie_word_embeddings": "tie_embeddings"}
-            names |= {"n_groups": "ngroups", "use_bias": "bias", "use_conv_bias": "conv_bias"}
-            names |= {"time_step_limit": "dt_limit"}
+            names = dict(hidden_size="d_model", num_hidden_layers="n_layer", state_size="d_state")
+            names |= dict(head_dim="headdim", conv_kernel="d_conv", tie_word_embeddings="tie_embeddings")
+            names |= dict(n_groups="ngroups", use_bias="bias", use_conv_bias="conv_bias")
+            names |= dict(time_step_limit="dt_limit")
             fields = {"tie_embeddings": False} | {names.get(k, k): value for k, value in fields.items()}
         else:
             fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})
         # What other models may have, and the only value of it that is implemented here.
-        only = {"model_type": "mamba2", "layer": "Mamba2", "ngroups": 1, "bias": False, "conv_bias": True}
-        only |= {"attn_layer_idx": [], "d_intermediate": 0, "D_has_hdim": False, "norm_before_gate": False}
-        only |= {"dt_limit": [0, math.inf], "rms_norm": True, "hidden_act": "silu"}
-        only |= {"layer_norm_epsilon": 1e-5}
+        only = dict(model_type="mamba2", layer="Mamba2", ngroups=1, bias=False, conv_bias=True)
+        only |= dict(attn_layer_idx=[], d_intermediate=0, D_has_hdim=False, norm_before_gate=False)
+        only |= dict(dt_limit=[0, math.inf], rms_norm=True, hidden_act="silu", layer_norm_epsilon=1e-5)
         for name, value in only.items():
             if fields.get(name, value) != value:
                 raise ValueError(f"{name}={fields[name]} is not implemented here, only {value} is")
@@ -251,9 +249,8 @@ class Mamba2LM(nn.Module):
         embedding = weights["backbone.embedding.weight"]  # (vocab_size, rounded up; d_model)
         if fields.get("tie_embeddings", True):
             weights["lm_head.weight"] = embedding
-        sizes = ("d_model", "n_layer", "d_state", "headdim", "expand", "d_conv", "tie_embeddings")
-        sizes = {name: fields[name] for name in sizes if name in fields}
-        model = cls(Mamba2Config(vocab_size=len(embedding), **sizes))
+        sizes = {name: fields[name] for name in Mamba2Config.__dataclass_fields__ if name in fields}
+        model = cls(Mamba2Config(**sizes | {"vocab_size": len(embedding)}))
         model.load_state_dict(weights)
         return model
 
@@ -265,9 +262,8 @@ def load_run(folder, device="cpu"):
     try:
         if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
-            args = {"seq_len": 2048, "batch_size": 8, "dataset": "python", "lr": 3e-4}
-            args |= {"preset": "tiny", "tokenizer": "bpe1024"}  # train.py asks for them; the folder decides
-            checkpoint = {"args": args, "step": 0, "tokenizer_hash": None}
+            args = dict(seq_len=2048, batch_size=8, dataset="python", lr=3e-4)
+            checkpoint = {"args": args, "step": 0}
 
         else:
             checkpoint = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)

@@ -92,11 +92,10 @@ def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
 
 
 def why_not_triton(u, B):
-    """Why the kernels below cannot take these arguments, in a few words, or None if they can."""
-    if triton is None or not (u.is_cuda or INTERPRETED):
-        return "the kernels need Triton, and a GPU or TRITON_INTERPRET=1"
-    if u.is_cuda and torch.cuda.get_device_capability(u.device) < (8, 0):
-        return "this GPU is too old (compute capability below 8.0)"
+    """Why the kernels below cannot take these arguments, or None if they can."""
+    gpu = u.is_cuda and torch.cuda.get_device_capability(u.device) >= (8, 0)
+    if triton is None or not (gpu or INTERPRETED):
+        return "the kernels need Triton, and a GPU of compute capability 8.0 or TRITON_INTERPRET=1"
     if u.dtype == torch.float64 or (INTERPRETED and u.dtype == torch.bfloat16):
         return f"the kernels do not take {u.dtype}"
     p, n = u.shape[3], B.shape[2]
@@ -121,7 +120,7 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
     Gradients reach u, a, B, C and init_state, from both results. A ValueError names what does not fit."""
     (b, l, h, p), n = u.shape, B.shape[-1]
     wide = torch.promote_types(u.dtype, torch.float32)
-    fits = {"a": ((b, l, h), wide), "B": ((b, l, n), u.dtype), "C": ((b, l, n), u.dtype)}
+    fits = dict(a=((b, l, h), wide), B=((b, l, n), u.dtype), C=((b, l, n), u.dtype))
     fits["init_state"] = (b, h, p, n), wide
     for (name, expected), t in zip(fits.items(), (a, B, C, init_state)):
         if t is not None and (tuple(t.shape), t.dtype) != expected:
@@ -184,6 +183,11 @@ def _load(ptr, width, rows, cols, inside):
 
 
 @jit
+def _dot(left, right, total=None):
+    return tl.dot(left, right, total, input_precision="ieee")  # float32 is not rounded to TF32
+
+
+@jit
 def _decay(log):
     """A difference of two rounded sums can be just above zero: hence the minimum. NaN stays NaN."""
     return tl.exp(tl.minimum(log, 0.0, propagate_nan=tl.PropagateNan.ALL))
@@ -234,7 +238,7 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
         u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
         B = _load(B_ptr, N_ALL, rows, cols_n, inside)
         u = (u * (since if REVERSE else until)[:, None]).to(u.dtype)
-        S = tl.dot(tl.trans(u), B, S * across, input_precision="ieee")  # 3, 4
+        S = _dot(tl.trans(u), B, S * across)  # 3, 4
     tl.store(end_ptr + batch * (H * P_ALL * N_ALL) + offs_state, S)
 
 
@@ -253,13 +257,13 @@ def output_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, y_ptr, l, chunks,
         B = _load(B_ptr, N_ALL, rows, cols_n, inside)
         C = _load(C_ptr, N_ALL, rows, cols_n, inside)
         S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
-        CB = tl.dot(C, tl.trans(B), CB, input_precision="ieee")
-        y = tl.dot(C, tl.trans(S), y, input_precision="ieee")
+        CB = _dot(C, tl.trans(B), CB)
+        y = _dot(C, tl.trans(S), y)
     # the rest
     since, _, _, L = _decays(a_ptr, rows, head, inside, H, Q)
     u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
     W = (CB * L).to(u.dtype)
-    y = tl.dot(W, u, y * since[:, None], input_precision="ieee")  # 1, 2
+    y = _dot(W, u, y * since[:, None])  # 1, 2
     tl.store(y_ptr + rows[:, None] * (H * P_ALL) + cols_u[None, :], y, mask=inside[:, None])
 
 
@@ -282,9 +286,9 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
         C = _load(C_ptr, N_ALL, rows, cols_n, inside)
         S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
         dS = tl.load(dstates_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
-        CB = tl.dot(C, tl.trans(B), CB, input_precision="ieee")
-        du = tl.dot(B, tl.trans(dS), du, input_precision="ieee")
-        from_past += tl.sum(tl.dot(dy, S, input_precision="ieee") * C, 1)  # y' . S C, without keeping S C
+        CB = _dot(C, tl.trans(B), CB)
+        du = _dot(B, tl.trans(dS), du)
+        from_past += tl.sum(_dot(dy, S) * C, 1)  # y' . S C, without keeping S C
         carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
     # u'
     since, until, across, L = _decays(a_ptr, rows, head, inside, H, Q)
@@ -292,10 +296,10 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
     W = CB * L
     du *= until[:, None]
     written = tl.sum(u * du, 1)  # [Q]
-    du = tl.dot(tl.trans(W.to(u.dtype)), dy, du, input_precision="ieee")
+    du = _dot(tl.trans(W.to(u.dtype)), dy, du)
     tl.store(du_ptr + rows[:, None] * (H * P_ALL) + cols_u[None, :], du, mask=inside[:, None])
     # a', in the order of the derivation. All is linear in u and y': the parts of all tiles of p just add up.
-    paths = tl.dot(dy, tl.trans(u), input_precision="ieee") * W  # W' o W [Q, Q]
+    paths = _dot(dy, tl.trans(u)) * W  # W' o W [Q, Q]
     da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + from_past * since, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + across * tl.sum(carried, 0)
     tl.store(da_ptr + (rows * H + head) * (P_ALL // P) + tile, da, mask=inside)
@@ -314,11 +318,11 @@ def addresses_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, d
         _, _, _, L = _decays(a_ptr, rows, p // P_ALL, inside, H, Q)
         u = _load(u_ptr, H * P_ALL, rows, cols_u, inside)
         dy = _load(dy_ptr, H * P_ALL, rows, cols_u, inside)
-        E += tl.dot(dy, tl.trans(u), input_precision="ieee") * L
+        E += _dot(dy, tl.trans(u)) * L
     B = _load(B_ptr, N_ALL, rows, cols_n, inside)
     C = _load(C_ptr, N_ALL, rows, cols_n, inside)
-    dC = tl.dot(E.to(B.dtype), B, input_precision="ieee")
-    dB = tl.dot(tl.trans(E.to(B.dtype)), C, input_precision="ieee")
+    dC = _dot(E.to(B.dtype), B)
+    dB = _dot(tl.trans(E.to(B.dtype)), C)
     # from the past, and to the future
     for p in range(0, H * P_ALL, P):
         cols_u = p + tl.arange(0, P)
@@ -328,8 +332,8 @@ def addresses_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, d
         offs_state = (chunk * (H * P_ALL) + cols_u)[:, None] * N_ALL + cols_n[None, :]  # [P, N]
         S = tl.load(states_ptr + offs_state)
         dS = tl.load(dstates_ptr + offs_state)
-        dC = tl.dot((dy * since[:, None]).to(dy.dtype), S, dC, input_precision="ieee")
-        dB = tl.dot((u * until[:, None]).to(u.dtype), dS, dB, input_precision="ieee")
+        dC = _dot((dy * since[:, None]).to(dy.dtype), S, dC)
+        dB = _dot((u * until[:, None]).to(u.dtype), dS, dB)
     offs_out = rows[:, None] * N_ALL + cols_n[None, :]  # [Q, N]
     tl.store(dB_ptr + offs_out, dB, mask=inside[:, None])
     tl.store(dC_ptr + offs_out, dC, mask=inside[:, None])
@@ -351,16 +355,16 @@ def _tiles(kernel, u, B):
     return min(tile_p, u.shape[3]), min(tile_n, B.shape[2]), warps, stages
 
 
-def _launch(kernel, axes, u, B, chunk, *tensors, **flags):
+def _launch(kernel, axes, chunk, u, a, B, *more, **flags):
     """A program for each row of the batch and each place along the axes."""
     (b, l, h, p), n = u.shape, B.shape[2]
     tile_p, tile_n, warps, stages = _tiles(kernel, u, B)
-    places = {"chunk": -(-l // chunk), "head": h, "p": p // tile_p, "n": n // tile_n}
+    places = dict(chunk=-(-l // chunk), head=h, p=p // tile_p, n=n // tile_n)
     grid = (b * math.prod(places[axis] for axis in axes),)
-    sizes = {"H": h, "P_ALL": p, "N_ALL": n, "Q": chunk, "P": tile_p, "N": tile_n}
-    options = {"num_warps": max(warps, chunk // 16), "num_stages": stages}
+    sizes = dict(H=h, P_ALL=p, N_ALL=n, Q=chunk, P=tile_p, N=tile_n)
+    options = dict(num_warps=max(warps, chunk // 16), num_stages=stages)
     with torch.cuda.device_of(u):
-        kernel[grid](*tensors, l, places["chunk"], **sizes, **options, **flags)
+        kernel[grid](u, a, B, *more, l, places["chunk"], **sizes, **options, **flags)
 
 
 def _walk(u, a, B, start, chunk, reverse=False):
@@ -368,7 +372,7 @@ def _walk(u, a, B, start, chunk, reverse=False):
     (b, l, h, p), n = u.shape, B.shape[2]
     states = u.new_empty(b, -(-l // chunk), h, p, n)
     end = a.new_empty(b, h, p, n)
-    _launch(walk_kernel, ("head", "p", "n"), u, B, chunk, u, a, B, states, start, end, REVERSE=reverse)
+    _launch(walk_kernel, ("head", "p", "n"), chunk, u, a, B, states, start, end, REVERSE=reverse)
     return states, end
 
 
@@ -383,7 +387,7 @@ def _forward(u, a, B, C, init_state, chunk):
     """-> y, final_state, and the state before each chunk"""
     states, final_state = _walk(u, a, B, init_state, chunk)
     y = torch.empty_like(u)
-    _launch(output_kernel, ("chunk", "head", "p"), u, B, chunk, u, a, B, C, states, y)
+    _launch(output_kernel, ("chunk", "head", "p"), chunk, u, a, B, C, states, y)
     return y, final_state, states
 
 
@@ -399,8 +403,8 @@ def _backward(u, a, B, C, states, dy, dS, chunk):
     tiles = u.shape[3] // _tiles(inputs_grad_kernel, u, B)[0]
     da = a.new_empty(*a.shape, tiles)  # da[..., i]: from tile i of p
     tensors = (u, a, B, C, states, dstates, dy)
-    _launch(inputs_grad_kernel, ("chunk", "head", "p"), u, B, chunk, *tensors, du, da)
-    _launch(addresses_grad_kernel, ("chunk", "n"), u, B, chunk, *tensors, dB, dC)
+    _launch(inputs_grad_kernel, ("chunk", "head", "p"), chunk, *tensors, du, da)
+    _launch(addresses_grad_kernel, ("chunk", "n"), chunk, *tensors, dB, dC)
     return [du, da.sum(3), dB, dC, dinit_state]
 
 

@@ -29,23 +29,23 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from tqdm import tqdm
 
-os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"  # when triton is imported
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # before triton
 
 import data
 import eval_long
 import scan_kernel
 import train
 from model import Mamba2Config, Mamba2LM, load_run
-from scan_kernel import random_inputs, relative_error, ssd, ssd_chunked, ssd_loop, ssd_triton, with_gradients
+from scan_kernel import ssd, ssd_chunked, ssd_loop, ssd_triton
 
 ROOT = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NO_BAR = tqdm(disable=True)
 
 
-def run_python(*command, folder=ROOT):
-    """Standard output of a Python process without the interpreter of kernels and without a GPU."""
-    env = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+def run_python(*command, folder=ROOT, interpret="0"):
+    """Standard output of a Python process without a GPU, and without the interpreter of kernels."""
+    env = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *command]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -65,6 +65,31 @@ LOSSES = {  # what has a gradient coming in
     "strided": lambda y, state, C: (y.transpose(1, 3), state.mT),
 }
 needs_triton = pytest.mark.skipif(scan_kernel.triton is None, reason="triton is not installed")
+
+
+def random_inputs(b, l, h, p, n, dtype=torch.float64, seed=0):
+    """u, a, B, C, init_state on the CPU: from heads that forget within a token to some that take hundreds."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (b, l, h, p), (b, l, n), (b, l, n), (b, h, p, n)
+    u, B, C, init_state = (torch.randn(shape, generator=draw) for shape in shapes)
+    a = -torch.rand((b, l, h), generator=draw) * torch.logspace(-2, 1, h)
+    wide = torch.promote_types(dtype, torch.float32)
+    return [u.to(dtype), a.to(wide), B.to(dtype), C.to(dtype), init_state.to(wide)]
+
+
+def with_gradients(scan, inputs, seed=1):
+    """[*outputs, *gradients of the inputs] of scan(*inputs), for random gradients of the outputs."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    outputs = scan(*inputs)
+    draw = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(t.shape, generator=draw).to(t) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, inputs, weights)]
+
+
+def relative_error(reference, result):
+    """RMS(error) / RMS(reference), in float64"""
+    reference, result = reference.double(), result.double()
+    return ((result - reference).norm() / reference.norm()).item()
 
 
 def inputs_for(l, dtype=torch.float32, b=2, h=2, p=16, n=16, init=True):
@@ -171,13 +196,12 @@ ARGUMENTS = dict(zip(("u", "a", "B", "C", "init_state"), random_inputs(2, 5, 4, 
 
 
 @pytest.mark.parametrize("name, value, expected", [
-    ("u", torch.ones(2, 0, 4, 8), "l >= 1"), ("u", torch.ones(2, 5, 4, 8).long(), "of a float dtype"),
     ("a", torch.ones(2, 5, 3), r"\(2, 5, 4\)"), ("a", torch.ones(2, 5, 4).half(), "float32"),
-    ("B", torch.ones(2, 5, 1, 16), r"\(b, l, n\)"), ("B", torch.ones(2, 5, 16).half(), "float32"),
+    ("B", torch.ones(2, 5, 1, 16), r"\(2, 5, 16\)"), ("B", torch.ones(2, 5, 16).half(), "float32"),
     ("C", torch.ones(2, 5, 8), r"\(2, 5, 16\)"), ("C", torch.ones(2, 5, 16).half(), "float32"),
     ("init_state", torch.ones(2, 4, 16, 8), r"\(2, 4, 8, 16\)"), ("chunk", 0, "power of two"),
     ("init_state", torch.ones(2, 4, 8, 16).half(), "float32"), ("chunk", 48, "power of two"),
-    ("backend", "cuda", "'triton', 'torch' or None"), ("backend", "triton", "does not work here"),
+    ("backend", "triton", "does not work here"),
 ])  # fmt: skip
 def test_scan_names_the_argument_that_does_not_fit(name, value, expected):
     """Nothing is ignored or guessed: a ValueError names the argument, and what it should be."""
@@ -210,13 +234,14 @@ def last_row_far_away():
 
     def both_passes(u, a, B, C, S):  # u and S also serve as gradients
         y, final, states = scan_kernel._forward(u, a, B, C, S, 16)
-        return [y, final, *scan_kernel._backward(u, a, B, C, states, u, S, 16, True)]
+        return [y, final, *scan_kernel._backward(u, a, B, C, states, u, S, 16)]
 
     inputs = random_inputs(1, 16, 1, 16, 16, torch.float16)
     expected = both_passes(*inputs)
     launch = scan_kernel._launch
-    one_program = lambda kernel, programs, u, *rest, **flags: launch(kernel, programs, u[:1], *rest, **flags)
-    scan_kernel._launch = one_program
+    scan_kernel._launch = lambda kernel, axes, chunk, u, *rest, **flags: launch(
+        kernel, axes, chunk, u[:1], *rest, **flags
+    )
     last = TensorHandle(np.array([2**23], np.int32), tl.int32)
     InterpreterBuilder.create_get_program_id = lambda *_: last
     far = [t.new_empty(2**23 + 1, *t.shape[1:]) for t in inputs]
@@ -229,7 +254,8 @@ def last_row_far_away():
 @needs_triton
 def test_triton_offsets_past_2_31_elements():
     """A row more than 2^31 elements from the first: the same bits as alone. (A wrong offset may crash.)"""
-    assert run_python("-c", "import test_all; test_all.last_row_far_away()") == "True\n"
+    command = ["-c", "import test_all; test_all.last_row_far_away()"]
+    assert run_python(*command, interpret="1") == "True\n"
 
 
 @needs_triton
@@ -277,13 +303,15 @@ def test_segments_equal_one_pass(cuts):
     assert_close((parts, state, found), (whole, whole_state, gradients), rtol=1e-10, atol=1e-10)
 
 
-def test_generate_takes_what_forward_makes_likeliest():
+def test_generate_draws_from_what_forward_gives():
     """Token by token, with the state carried: the same as from the whole text each time."""
     model = tiny_model()
     idx = random_ids(2, 20)
-    generated = model.generate(idx, 12, temperature=0)
+    generated = model.generate(idx, 12, torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
     for _ in range(12):
-        idx = torch.cat([idx, model(idx)[0][:, -1:].argmax(-1)], dim=1)
+        drawn = torch.multinomial(model(idx)[0][:, -1].softmax(-1), 1, generator=draw)
+        idx = torch.cat([idx, drawn], dim=1)
     assert torch.equal(generated, idx[:, 20:])
 
 
@@ -393,13 +421,12 @@ def test_hugging_face_tokenizer_gives_the_same_ids(official):
     from tokenizers import Tokenizer
 
     file = official() / "tokenizer.json"
-    ours, theirs = data.load_tokenizer(file), Tokenizer.from_file(str(file))
+    ours, theirs = data.load_tokenizer(file.parent, 304), Tokenizer.from_file(str(file))
     for text in ("def  hello(cafe\u0301):\n        return\t1\n", "   ", "日本 \U0001f600 a<b", ""):
         ids = ours.encode_ordinary(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids
         assert ours.decode(ids) == theirs.decode(ids)
     assert ours.encode_single_token(data.SEPARATOR) not in ours.encode_ordinary(data.SEPARATOR)
-    assert data.tokenizer_json(ours) == file.read_text()
 
 
 # -------- The data
@@ -418,7 +445,7 @@ def work(tmp_path, monkeypatch):
 def test_tokenizers_are_lossless(spec, size):
     """decode(encode(s)) == s for random Unicode, also where the text holds the separator's."""
     rng = random.Random(0)
-    tokenizer = data.make_tokenizer(spec, [TEXT])
+    tokenizer = data.read_tokenizer(data.make_tokenizer(spec, [TEXT]))
     assert tokenizer.n_vocab == size and tokenizer.encode_single_token(data.SEPARATOR) == size - 1
     for _ in range(200):
         ends = rng.choices([0x80, 0xD800, 0x110000], k=rng.randrange(60))
@@ -527,16 +554,6 @@ def test_fitted_noise_has_the_moments_of_final_states():
         assert ((made.mean(1) - seen.mean(1)).abs() < 0.05 * seen.std(1)).all() and (conv == 0).all()
 
 
-def test_compiled_layers_pass_no_gradient_of_states_on(monkeypatch):
-    """Only what is compiled is detached: the states that a layer returns have no gradient then."""
-    model = tiny_model()
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    for detached in (False, True):
-        _, _, state = model(random_ids(2, 8))
-        assert all(t.requires_grad != detached for pair in state for t in pair)
-        train.compile_layers(model, torch.device(DEVICE))
-
-
 def exit_code(main, *flags):
     """What a script would end with; a message stands for 1."""
     try:
@@ -606,31 +623,17 @@ def test_interrupted_at_any_moment(work):
     assert_same_run("cut", "whole")
 
 
-def damaged(content, i):
-    """The i-th copy: cut at a random place, or with one bit flipped there."""
-    place = random.Random(i).randrange(len(content))
-    flipped = bytes([content[place] ^ 1 << i % 8])
-    return content[:place] + (flipped + content[place + 1 :] if i % 4 else b"")
-
-
-@pytest.mark.parametrize("file", ["out/*/ckpt.pt", "out/*/tokenizer.json", "data/*/*-val-*.npy"])
+@pytest.mark.parametrize("file", ["ckpt.pt", "tokenizer.json"])
 def test_damaged_files_are_found(work, file):
-    """Cut, or with one bit flipped: an error of one line, or the same weights (the bit was padding)."""
+    """Cut anywhere: an error of one line."""
     assert run_train("--init_state=prev", "--steps=1") == 0
-    path = next(Path().glob(file))
-    good, expected = path.read_bytes(), load_run("out/prev")[0].state_dict()
-    found = 0
-    for i in range(40):
-        path.write_bytes(damaged(good, i))
-        try:
-            model, checkpoint = load_run("out/prev")
-            data.load_tokenizer("out/prev", checkpoint["tokenizer_hash"])
-            data.load_corpus("a text.txt", "byte")
-            assert_close(model.state_dict(), expected, rtol=0, atol=0)
-        except ValueError as error:
-            assert "\n" not in str(error)
-            found += 1
-    assert found > 30
+    path = Path("out/prev") / file
+    good = path.read_bytes()
+    for i in range(20):
+        path.write_bytes(good[: random.Random(i).randrange(len(good))])
+        with pytest.raises(ValueError) as caught:
+            data.load_tokenizer("out/prev", load_run("out/prev")[0].config.vocab_size)
+        assert "\n" not in str(caught.value)
 
 
 D = "backbone.layers.1.mixer.D"
@@ -639,7 +642,6 @@ SPOILERS = [  # part of a checkpoint, what is done to it, what the error names
     ("model", lambda weights: {name: w for name, w in weights.items() if name != D}, D),
     ("model", lambda weights: weights | {D: weights[D][:1]}, D),
     ("config", lambda config: config | {"headdim": 7}, "headdim"),
-    ("tokenizer_hash", lambda _: "another", "tokenizer.json is not the tokenizer it should be"),
 ]
 
 
@@ -706,14 +708,14 @@ def test_two_processes_equal_one(work, mode, capsys):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch += [ROOT / "train.py", "--out=two"]
     process = subprocess.Popen([*launch, *SMALL, *flags, "--batch_size=2"], stdout=subprocess.PIPE, text=True)
-    assert any(line.startswith("held-out") for line in process.stdout)
+    assert any("held-out" in line for line in process.stdout)
     process.terminate()
     process.communicate()
     assert exit_code(train.main, "--out=two", "--resume") == 2
-    assert "trained by 2 processes" in capsys.readouterr().err
+    assert "trained with processes 2, not 1" in capsys.readouterr().err
     subprocess.run([*launch, "--resume"], check=True, stdout=subprocess.DEVNULL)
     one, two = load_run("one")[1], load_run("two")[1]
-    assert one["tokens"] == two["tokens"] == 40 * 4 * 8
+    assert one["step"] == two["step"] == 40
     assert_close(two["model"], one["model"], atol=1e-5, rtol=1e-4)
     assert_close(two["memory"], one["memory"], atol=1e-4, rtol=1e-3)
     losses = [[row["loss"] for row in read_jsonl(f"{run}/log.jsonl")] for run in ("one", "two")]
@@ -727,7 +729,7 @@ BAD_FLAGS = [
     ("--dataset=missing.txt", "no such file"), ("--tokenizer=bpe", "--tokenizer=bpe"),
     ("--device=cuda:77", "--device=cuda:77"), ("--backend=triton", "'triton' does not work here"),
     ("--init_from=nowhere", "nowhere holds no checkpoint"), ("--resume", "out/zero holds no checkpoint"),
-    ("--out=full", "not empty"), ("--out=full/thesis.txt/run", "no folder to write in"),
+    ("--out=one", "holds a run"), ("--out=full/thesis.txt/run", "no folder to write in"),
     ("eval one other", "different tokenizers"), ("eval one --max_len=4", "less than T = 8"),
     ("eval one --max_len=100000", "would"), ("eval one --out=full/thesis.txt", "no folder to write in"),
     ("eval one nowhere", "nowhere holds no"), ("eval one --max_len=64 --backend=triton", "does not work"),
@@ -778,8 +780,8 @@ def test_evaluation_equals_brute_force(monkeypatch, at_once):
     for row in rows:
         nll, other = [losses[:, row["from"] : row["to"]].mean(1) for losses in (full, restarted)]
         excess = nll - other
-        expected = nll.mean(), nll.std() / 3**0.5, excess.mean(), excess.std() / 3**0.5, window_loss
-        found = [row[name] for name in ("nll", "nll_se", "excess", "excess_se", "window_loss")]
+        expected = nll.mean(), excess.mean(), excess.std() / 3**0.5, window_loss
+        found = [row[name] for name in ("nll", "excess", "excess_se", "window_loss")]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         assert row["tokens"] == 3 * (row["to"] - row["from"])
     assert abs(rows[0]["excess"]) < 1e-6
@@ -797,7 +799,7 @@ def test_sequences_do_not_overlap(sequences, length):
 
 
 def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
-    """A table, results.jsonl and a figure; Ctrl-C keeps what is finished; nothing is computed twice."""
+    """A table, results.jsonl and a figure; Ctrl-C keeps what is finished, and another call adds to it."""
     assert run_train("--init_state=zero", "--steps=2") == run_train("--init_state=prev", "--steps=2") == 0
     command = ["out/zero", "out/prev", "--max_len=512", "--sequences=4", "--out=ev"]
     evaluate = eval_long.evaluate
@@ -810,14 +812,13 @@ def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(eval_long, "evaluate", interrupted)
         assert run_eval(*command) == 130
+    finished = read_jsonl("ev/results.jsonl")
     assert run_eval(*command) == 0
     out, rows = capsys.readouterr().out, read_jsonl("ev/results.jsonl")
-    assert [row["to"] for row in rows] == 2 * [8, 16, 32, 64, 128, 256, 512]
-    assert "out/zero is in ev/results.jsonl already" in out
+    assert [row["to"] for row in rows] == 3 * [8, 16, 32, 64, 128, 256, 512]
+    assert rows[:7] == rows[7:14] == finished
     assert all(f"{math.exp(row['nll']):.2f} {row['excess']:+8.3f}" in out for row in rows)
     assert Path("ev/excess.png").stat().st_size > 10_000
-    monkeypatch.setattr(eval_long, "evaluate", None)
-    assert run_eval(*command) == 0 and read_jsonl("ev/results.jsonl") == rows
 
 
 def test_denormal_numbers_cost_nothing(work):
@@ -885,10 +886,13 @@ def test_commands_in_the_readme_run(work, official, monkeypatch):
     shutil.copytree(ROOT / "results/base", "results/base")
     official().rename("mamba2-130m")
     for script, flags in commands_in(README):
-        more = ["--steps=2", "--seq_len=8"]
+        names = {flag.partition("=")[0] for flag in flags}
+        more = ["--steps=2"]
         if script == "eval_long":
             more = ["--max_len=2048", "--sequences=1"]
-        elif not {"--resume", "--init_from"} & {flag.partition("=")[0] for flag in flags}:
+        elif "--init_from" in names:
+            more.append("--batch_size=1")
+        elif "--resume" not in names:
             more += SMALL
         assert exit_code(MAINS[script].main, *flags, *more) == 0, flags
     assert Path("out/eval/excess.png").exists()
@@ -925,8 +929,8 @@ def test_base_run_is_small_and_cannot_be_resumed(capsys):
     """results/base: weights only, below 3 MB; --resume is refused in a line that says what to do instead."""
     folder = ROOT / "results/base"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3 * 2**20
-    model, checkpoint = load_run(folder)
-    data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
+    model, _ = load_run(folder)
+    data.load_tokenizer(folder, model.config.vocab_size)
     assert exit_code(train.main, f"--out={folder}", "--resume") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--init_from" in error

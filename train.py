@@ -20,9 +20,7 @@ import atexit
 import json
 import math
 import os
-import platform
 import sys
-
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -132,7 +130,7 @@ def make_optimizer(model, device):
     """AdamW; only matrices decay."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW(groups, betas=BETAS, fused=device.type != "mps")
 
 
@@ -167,15 +165,9 @@ def choose_dtype(name, device):
 def compile_layers(model, device):
     # On a CPU, keep the convolution's inputs, not compute them again for each term: 5 to 15 % faster.
     options = {"realize_reads_threshold": 2} if device.type == "cpu" else None
+
     for block in model.backbone.layers:
-        block.register_forward_hook(detach_state)
         block.compile(dynamic=False, options=options)
-
-
-def detach_state(block, inputs, outputs):
-    """The loss does not use final states. Compiled code would pass on their gradient all the same, zeros."""
-    x, state = outputs
-    return x, tuple(t.detach() for t in state)
 
 
 def eager():
@@ -185,14 +177,21 @@ def eager():
 
 # -------- Flags. Some have other defaults in a preset, or in post-training.
 
-MID = {"d_model": 256, "n_layer": 4, "headdim": 64}
-SMALL = {"d_model": 512, "n_layer": 10, "headdim": 64, "tokenizer": "bpe4096"}
 PRESETS = {
     "tiny": {},  # 0.4M parameters: minutes on a CPU
-    "mid": MID | {"seq_len": 256, "batch_size": 8, "steps": 2000, "lr": 2e-3},  # 2.1M
-    "small": SMALL | {"seq_len": 512, "batch_size": 32, "steps": 5000, "lr": 1e-3},  # 19M, for a GPU
+    "mid": dict(d_model=256, n_layer=4, headdim=64, seq_len=256, batch_size=8, steps=2000, lr=2e-3),  # 2.1M
+    "small": dict(  # 19M, for a GPU
+        d_model=512,
+        n_layer=10,
+        headdim=64,
+        seq_len=512,
+        batch_size=32,
+        steps=5000,
+        lr=1e-3,
+        tokenizer="bpe4096",
+    ),
 }
-POST_TRAINING = {"steps": 500, "init_prob": 0.1}  # with --init_from
+POST_TRAINING = dict(steps=500, init_prob=0.1)  # with --init_from
 # Flags of Mamba2Config; flags that may differ when a run is resumed.
 MODEL = ("d_model", "n_layer", "d_state", "headdim", "A_init", "A_init_range")
 MACHINE = ("out", "resume", "device", "backend", "compile")
@@ -201,43 +200,41 @@ MACHINE = ("out", "resume", "device", "backend", "compile")
 def make_parser():
     presets = "".join(f"--preset={name}: {values}\n" for name, values in PRESETS.items())
     epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}, the rest as in that run"
-    parser = data.make_parser(__doc__, epilog)
-    add = parser.add_argument
+    parser, add = data.make_parser(__doc__, epilog)
     count = data.number(int, 1)
     not_negative = data.number(float, 0)
     # fmt: off
     modes = ["zero", "noise", "fitted", "prev", "tbtt"]
-    add("--init_state", default="zero", choices=modes, help="what training windows start from")
-    add("--init_prob", default=1.0, type=data.number(float, 0, 1),
-        help="share of the windows that start from it, if above 0 at least one; the others start from zero")
-    add("--noise_std", default=0.1, type=not_negative, help="standard deviation, for noise (our choice)")
-    add("--out", help="folder of the run; None: out/<init_state>")
-    add("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
-    add("--init_from", metavar="RUN", help="start from the weights of a run, or an official checkpoint")
-    add("--preset", default="tiny", choices=PRESETS, help="sizes of the model and of its training")
-    add("--steps", default=500, type=count, help="optimizer steps")
-    add("--batch_size", default=64, type=count, help="windows a step, in each process")
-    add("--seq_len", default=64, type=data.number(int, 2), help="T, tokens of a training window, even")
-    add("--lr", default=3e-3, type=not_negative, help="peak learning rate")
-    add("--seed", default=0, type=data.number(int, 0), help="of the weights, the batches and the noise")
-    add("--dataset", default="python", help="python (its library's sources), or a UTF-8 text file or folder")
-    add("--tokenizer", default="bpe1024", help="byte, bpeN (N ids, learnt from the text) or gpt2")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="of matrix products; auto: bfloat16 where it is fast")
-    add("--backend", default="auto", choices=["auto", "triton", "torch"],
-        help="of the scan; auto: triton on a GPU")
-    add("--compile", default="auto", choices=["auto", "on", "off"],
-        help="fuse each layer, for which a CPU needs a C++ compiler; auto: on a GPU")
-    add("--log_every", default=25, type=count, help="steps between two lines of the log")
-    add("--save_every", default=100, type=count, help="steps between two checkpoints, with validation")
-    add("--d_model", default=128, type=count, help="d, width of the residual stream")
-    add("--n_layer", default=2, type=count, help="layers")
-    add("--d_state", default=128, type=count, help="n: the state of a head is a matrix of p x n numbers")
-    add("--headdim", default=32, type=count, help="p, numbers that a head reads and writes a token")
-    add("--A_init", default="log", choices=["log", "uniform"], help="how -A, the rates of forgetting, start")
-    add("--A_init_range", default=[0.01, 16.0], type=data.number(float, 1e-9), nargs=2, metavar="RATE",
-        help="their range, lowest and highest; our choice (mamba_ssm: uniform, 1 16)")
+    add("--init_state", "zero", "what training windows start from", choices=modes)
+    add("--init_prob", 1.0, "share of the windows that start from it; the others start from zero",
+        type=data.number(float, 0, 1))
+    add("--noise_std", 0.1, "standard deviation, for noise (our choice)", type=not_negative)
+    add("--out", None, "folder of the run; None: out/<init_state>")
+    add("--resume", False, "go on with the run in --out from its last checkpoint", action="store_true")
+    add("--init_from", None, "start from the weights of a run, or an official checkpoint", metavar="RUN")
+    add("--preset", "tiny", "sizes of the model and of its training", choices=PRESETS)
+    add("--steps", 500, "optimizer steps", type=count)
+    add("--batch_size", 64, "windows a step, in each process", type=count)
+    add("--seq_len", 64, "T, tokens of a training window, even", type=data.number(int, 2))
+    add("--lr", 3e-3, "peak learning rate", type=not_negative)
+    add("--seed", 0, "of the weights, the batches and the noise", type=data.number(int, 0))
+    add("--dataset", "python", "python (its library's sources), or a UTF-8 text file or folder")
+    add("--tokenizer", "bpe1024", "byte, or bpeN (N ids, learnt from the text)")
+    add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--dtype", "auto", "of matrix products; auto: bfloat16 where it is fast",
+        choices=["auto", "float32", "bfloat16"])
+    add("--backend", None, "of the scan; None: triton on a GPU", choices=["triton", "torch"])
+    add("--compile", "auto", "fuse each layer, for which a CPU needs a C++ compiler; auto: on a GPU",
+        choices=["auto", "on", "off"])
+    add("--log_every", 25, "steps between two lines of the log", type=count)
+    add("--save_every", 100, "steps between two checkpoints, with validation", type=count)
+    add("--d_model", 128, "d, width of the residual stream", type=count)
+    add("--n_layer", 2, "layers", type=count)
+    add("--d_state", 128, "n: the state of a head is a matrix of p x n numbers", type=count)
+    add("--headdim", 32, "p, numbers that a head reads and writes a token", type=count)
+    add("--A_init", "log", "how -A, the rates of forgetting, start", choices=["log", "uniform"])
+    add("--A_init_range", [0.01, 16.0], "their range, lowest and highest; ours (mamba_ssm: uniform, 1 16)",
+        type=data.number(float, 1e-9), nargs=2, metavar="RATE")
     # fmt: on
     return parser
 
@@ -259,7 +256,7 @@ def parse(argv):
         model, checkpoint = load_run(args.init_from)
         theirs = checkpoint["args"]
         fixed = {name: getattr(model.config, name) for name in MODEL}
-        fixed |= {name: theirs[name] for name in ("preset", "tokenizer")}
+        fixed |= {name: theirs[name] for name in ("preset", "tokenizer") if name in theirs}
         same = ("seq_len", "batch_size", "dataset", "lr")  # unless a flag says otherwise
         defaults = POST_TRAINING | {name: theirs[name] for name in same}
     parser.set_defaults(**defaults | fixed)
@@ -272,7 +269,6 @@ def parse(argv):
     taken = {path.name for path in Path(out).glob("*")} & {"ckpt.pt", "log.jsonl", "config.json"}
     if taken and not args.resume:
         raise ValueError(f"{out} holds a run: go on with it by --resume, or choose another --out")
-
     if args.seq_len % 2:
         raise ValueError(f"--seq_len={args.seq_len} should be even: evaluation works with halves of it")
     return args, model, checkpoint
@@ -322,33 +318,30 @@ def save(args, step, model, optimizer, init, corpus, log):
         memory = {name: [all_rows(t) for t in tensors] for name, tensors in memory.items()}
     if RANK > 0:
         return
-    content = {
-        "config": asdict(model.config),
-        "args": vars(args),
-        "step": step,
-        "processes": WORLD,
-        "corpus_hash": corpus.hash,
-        "tokenizer_hash": corpus.tokenizer_hash,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "memory": memory,
-        "log": log,
-    }
+    content = dict(
+        config=asdict(model.config),
+        args=vars(args),
+        step=step,
+        processes=WORLD,
+        corpus_hash=corpus.hash,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        memory=memory,
+        log=log,
+    )
     out = Path(args.out)
     if step == 0:
-        data.write_whole(out / "tokenizer.json", data.tokenizer_json(corpus.tokenizer).encode())
+        data.write_whole(out / "tokenizer.json", corpus.tokenizer.text)
     else:  # before the checkpoint: a run that goes on from an older one writes its later rows again
-        data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
+        data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     data.write_whole(out / "ckpt.pt", lambda file: torch.save(content, file))
 
 
 def restore(checkpoint, args, corpus, optimizer, device):
     """-> step, InitialState's memory, log"""
-    if checkpoint["processes"] != WORLD:
-        raise ValueError(f"{args.out} was trained by {checkpoint['processes']} processes: take as many")
-    if checkpoint["corpus_hash"] != corpus.hash:
-        raise ValueError(f"{args.out} was trained on another corpus, {checkpoint['corpus_hash']}")
+    for name, value in {"processes": WORLD, "corpus_hash": corpus.hash}.items():
+        if checkpoint[name] != value:
+            raise ValueError(f"{args.out} was trained with {name} {checkpoint[name]}, not {value}")
     optimizer.load_state_dict(checkpoint["optimizer"])
     memory = checkpoint["memory"]
     if "ssm" in memory:
@@ -361,7 +354,7 @@ def prepare_corpus(args, model, checkpoint):
     tokenizer = args.tokenizer
     if checkpoint:  # that of the other run
         folder = args.out if args.resume else args.init_from
-        tokenizer = data.load_tokenizer(folder, checkpoint["tokenizer_hash"], model.config.vocab_size)
+        tokenizer = data.load_tokenizer(folder, model.config.vocab_size)
     corpus = data.load_corpus(args.dataset, tokenizer)
     if min(len(corpus.train), len(corpus.val)) < 2 * args.seq_len:
         raise ValueError(f"--dataset={args.dataset} holds less than two windows of {args.seq_len} tokens")
@@ -373,7 +366,7 @@ def prepare_model(args, model, corpus, device, autocast):
     if model is None:
         sizes = {name: getattr(args, name) for name in MODEL}
         model = Mamba2LM(Mamba2Config(vocab_size=corpus.tokenizer.n_vocab, **sizes))
-    model.config.backend = None if args.backend == "auto" else args.backend
+    model.config.backend = args.backend
     model.to(device).train()
     with autocast:
         model.hidden(torch.zeros(1, 2, dtype=torch.long, device=device))  # if the backend fails, then now
@@ -461,8 +454,8 @@ def main(argv=None):
         saving = step % args.save_every == 0 or step == args.steps
         if step % args.log_every == 0 or saving:
             tokens_per_s = WORLD * inputs.numel() * len(losses) / (time.perf_counter() - clock)
-            row = {"step": step, "loss": sum(losses) / len(losses), "lr": learning_rate(step - 1, args)}
-            row |= {"grad_norm": grad_norm, "tokens_per_s": tokens_per_s}
+            row = dict(step=step, loss=sum(losses) / len(losses), lr=learning_rate(step - 1, args))
+            row |= dict(grad_norm=grad_norm, tokens_per_s=tokens_per_s)
             if saving:
                 with autocast, eager():
                     row["held_out_loss"] = validate(model, corpus.val, args.seq_len, device)

@@ -44,7 +44,8 @@ import speed
 import model as model_file
 import scan_kernel
 import train
-from scan_kernel import random_inputs, relative_error, ssd, ssd_chunked, ssd_loop, with_gradients
+from scan_kernel import ssd, ssd_chunked, ssd_loop
+from test_all import random_inputs, relative_error, with_gradients
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SEED = 0
@@ -170,7 +171,7 @@ def builds():
     major, minor = torch.cuda.get_device_capability() if GPU else (9, 0)
     name = f"sm_{major}{minor}"
     kernel_report.TARGETS.setdefault(name, kernel_report.Target("cuda", 10 * major + minor, 32, 64, 228, 1))
-    shapes, dtypes = (kernel_report.SHAPES, ("bf16", "fp32", "tf32")) if GPU else (["small"], ["bf16"])
+    shapes, dtypes = (kernel_report.SHAPES, ("bf16", "fp32")) if GPU else (["small"], ["bf16"])
     for shape, dtype in itertools.product(shapes, dtypes):
         attempt("builds", f"{shape} {dtype}", build, shape, dtype, name)
 
@@ -449,7 +450,7 @@ def kernels_case(shape, gb_s):
     """Each launch alone; of_roofline: the time to copy as many bytes as its tensors have, over its own"""
     inputs = [t.requires_grad_() for t in inputs_for(shape, "bf16")]
     found, messages = {}, []
-    for kernel, grid, args, kwargs in kernel_report.record(inputs, shape[5], "bf16"):
+    for kernel, grid, args, kwargs in kernel_report.record(inputs, shape[5]):
         name = kernel.fn.__name__
         us = device_us(functools.partial(kernel[grid], *args, **kwargs))[name]
         mb = sum(t.nbytes for t in args if isinstance(t, torch.Tensor)) / 1e6

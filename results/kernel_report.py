@@ -30,7 +30,7 @@ SHAPES = {  # h, p, n, chunk
     "small": (16, 64, 128, 64),
     "mamba2-130m": (24, 64, 128, 64),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES = [(2048, 5), (32, 4)]  # l, and how many of u, a, B, C, init_state
 
 # Of a multiprocessor: warps, shared memory, and what each program takes of it beyond its own.
@@ -55,7 +55,13 @@ class Recorder(namedtuple("Recorder", "kernel fn launches")):
         return lambda *args, **kwargs: self.launches.append(Launch(self.kernel, grid, args, kwargs))
 
 
-def record(inputs, chunk, dtype):
+def make_inputs(dtype, b, l, h, p, n):
+    """u, a, B, C, init_state"""
+    u, B, C = (torch.randn(shape, dtype=DTYPES[dtype]) for shape in ((b, l, h, p), (b, l, n), (b, l, n)))
+    return [u, -torch.rand(b, l, h), B, C, torch.randn(b, h, p, n)]
+
+
+def record(inputs, chunk):
     """-> the launches of a forward and a backward pass; run in this order, they compute it."""
     launches = []
     recorders = {name: Recorder(kernel, kernel.fn, launches) for name, kernel in KERNELS.items()}
@@ -63,8 +69,6 @@ def record(inputs, chunk, dtype):
         outputs = scan_kernel.ssd_triton(*inputs, chunk=chunk)
         outputs = outputs[: len(inputs) - 3]  # without an initial state, no gradient of the final one either
         torch.autograd.grad(outputs, inputs, outputs)  # the outputs serve as their own gradients
-    for launch in launches:
-        launch.kwargs["PRECISION"] = "tf32" if dtype == "tf32" else "ieee"
     return launches
 
 
@@ -141,14 +145,13 @@ def compile_report(args):
     rows = []
     for shape, dtype, (l, count) in itertools.product(args.shapes, args.dtypes, CASES):
         *sizes, chunk = SHAPES[shape]
-        inputs = scan_kernel.random_inputs(1, l, *sizes, DTYPES[dtype])
-        inputs = [t.requires_grad_() for t in inputs[:count]]
-        for launch, name in itertools.product(record(inputs, min(chunk, l), dtype), args.targets):
+        inputs = [t.requires_grad_() for t in make_inputs(dtype, 1, l, *sizes)[:count]]
+        for launch, name in itertools.product(record(inputs, min(chunk, l)), args.targets):
             target = TARGETS[name]
             kernel = launch.kernel.fn.__name__ + (" back" if launch.kwargs.get("REVERSE") else "")
             row = {"shape": shape, "dtype": dtype, "target": name, "l": l, "kernel": kernel}
             row |= {"P": launch.kwargs["P"], "N": launch.kwargs["N"], "warps": launch.kwargs["num_warps"]}
-            row["products"] = launch.kernel.src.count("tl.dot(")
+            row["products"] = launch.kernel.src.count("_dot(")
             compiled = build(launch, target)
             read = read_amd if target.backend == "hip" else read_nvidia
             row["registers"], row["spilled"], row["tensor_ops"], row["tf32"] = read(compiled)
@@ -168,10 +171,10 @@ def median_ms(function):
     return triton.testing.do_bench(function, return_mode="median")
 
 
-def time_kernel(name, inputs, chunk, dtype):
+def time_kernel(name, inputs, chunk):
     """-> ms of all launches of this kernel in a step, and the bytes of their tensors, each once"""
     ms, size = 0, 0
-    for kernel, grid, args, kwargs in record(inputs, chunk, dtype):
+    for kernel, grid, args, kwargs in record(inputs, chunk):
         run = functools.partial(kernel[grid], *args, **kwargs)
         run()
         if kernel.fn.__name__ == name:
@@ -194,8 +197,7 @@ def sweep(args):
     report["times"] = {}
     settings = scan_kernel.SETTINGS
     for dtype, name in itertools.product(args.dtypes, KERNELS):
-        inputs = scan_kernel.random_inputs(32, 2048, *sizes, DTYPES[dtype])
-        inputs = [t.cuda().requires_grad_() for t in inputs]
+        inputs = [t.cuda().requires_grad_() for t in make_inputs(dtype, 32, 2048, *sizes)]
         present = settings[name]
         column = DTYPES[dtype].itemsize // 4
         others = itertools.product((32, 64), (32, 64), (4, 8), (1, 2, 3))
@@ -203,7 +205,7 @@ def sweep(args):
         for setting in dict.fromkeys([present[column], *others]):
             settings[name] = (setting, setting)
             try:
-                ms, size = time_kernel(name, inputs, chunk, dtype)
+                ms, size = time_kernel(name, inputs, chunk)
             except (triton.errors.TritonError, RuntimeError) as error:
                 print(f"{name:22} {dtype} {setting} does not run: {type(error).__name__}", flush=True)
                 continue
@@ -222,9 +224,9 @@ if __name__ == "__main__":
     what.add_argument("--compile", action="store_true", help="build each kernel for all targets")
     what.add_argument("--sweep", action="store_true", help="time other launch settings on this GPU")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="[all; --sweep takes one: small]")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="[bf16 fp32 tf32; --sweep: bf16]")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="[bf16 fp32; --sweep: bf16]")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="of --compile")
     args = parser.parse_args()
     args.shapes = args.shapes or (list(SHAPES) if args.compile else ["small"])
-    args.dtypes = args.dtypes or (["bf16", "fp32", "tf32"] if args.compile else ["bf16"])
+    args.dtypes = args.dtypes or (["bf16", "fp32"] if args.compile else ["bf16"])
     print(json.dumps(compile_report(args) if args.compile else sweep(args)))

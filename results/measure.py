@@ -139,7 +139,7 @@ def main(argv=None):
     for run in tqdm(args.runs, args.measure, disable=None):
         model, checkpoint = load_run(run)
         T = checkpoint["args"]["seq_len"]
-        tokenizer = load_tokenizer(run, checkpoint["tokenizer_hash"], model.config.vocab_size)
+        tokenizer = load_tokenizer(run, model.config.vocab_size)
         corpus = load_corpus(checkpoint["args"]["dataset"], tokenizer)
         args.separator = tokenizer.encode_single_token(SEPARATOR)
         length = args.past + 4 * T
@@ -150,9 +150,9 @@ def main(argv=None):
             {"measure": args.measure, "run": Path(run).name} | row
             for row in MEASURES[args.measure](model, idx, T, args)
         ]
-        known = path.read_bytes() if path.exists() else b""
+        known = path.read_text() if path.exists() else ""
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(path, known + lines.encode())
+        write_whole(path, known + lines)
         print(lines, end="")
 
 

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -30,7 +31,8 @@ from matplotlib import pyplot  # after the choice of a backend
 RESULTS = ROOT / "results"
 FAR = 32768  # tokens: where the arms are compared
 SEEDS = (2, 3, 4, 5, 6, 7)  # 0 and 1 chose the setting
-COLORS = eval_long.COLORS | {"base": "#999999", "cap": "#D55E00"}
+COLORS = {"zero": "#000000", "noise": "#E69F00", "fitted": "#009E73", "prev": "#0072B2", "tbtt": "#CC79A7"}
+COLORS |= {"base": "#999999", "cap": "#D55E00"}
 LABELS = {
     "base": "base",
     "zero": "control: 500 more from zero",
@@ -72,11 +74,11 @@ def collect(folder):
             if isinstance(value, float):
                 row[name] = round(value, 5)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_whole(RESULTS / "results.jsonl", lines.encode())
+    write_whole(RESULTS / "results.jsonl", lines)
     _, checkpoint = load_run(folder / f"base-{SEEDS[0]}")
     kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "memory")}
     write_whole(RESULTS / "base/ckpt.pt", lambda file: torch.save(kept, file))
-    write_whole(RESULTS / "base/tokenizer.json", (folder / f"base-{SEEDS[0]}/tokenizer.json").read_bytes())
+    write_whole(RESULTS / "base/tokenizer.json", (folder / f"base-{SEEDS[0]}/tokenizer.json").read_text())
 
 
 class Results:
@@ -610,13 +612,11 @@ def main(argv=None):
     for name, content in found.items():
         print(f"\n{name}\n{content}")
     for path in (ROOT / "README.md", RESULTS / "README.md"):
-        write_whole(path, fill(path.read_text(encoding="utf-8"), found).encode())
+        write_whole(path, fill(path.read_text(encoding="utf-8"), found))
     for name, (make, need) in FIGURES.items():
         if there(results, need):
             figure = make(results)
-            content = io.BytesIO()
-            figure.savefig(content, format="png", dpi=150)
-            write_whole(RESULTS / f"{name}.png", content.getbuffer())
+            write_whole(RESULTS / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
             pyplot.close(figure)
 
 

@@ -63,8 +63,8 @@ def main(argv=None):
         transplant(model, load_run(args.donor)[0])
     out = Path(args.out)
     kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "memory")}
-    write_whole(out / "tokenizer.json", (Path(args.run) / "tokenizer.json").read_bytes())
-    kept["config"] = asdict(model.config) | {"backend": None}
+    write_whole(out / "tokenizer.json", (Path(args.run) / "tokenizer.json").read_text(encoding="utf-8"))
+    kept["config"] = asdict(model.config)
     kept["model"] = model.state_dict()
     write_whole(out / "ckpt.pt", lambda file: torch.save(kept, file))
     print(json.dumps(report))
