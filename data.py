@@ -6,8 +6,7 @@ the model. Both parts are encoded once, each document followed by a separator, a
     data/<dataset>-<hash of the text>/<tokenizer>.json
     data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.npy, and ...-val.npy
 
-With the hashes in the names, a text or a tokenizer that changed never meets tokens of an older one.
-"""
+The hashes in the names keep a new text or tokenizer away from the tokens of an older one."""
 
 import argparse
 import base64
@@ -43,7 +42,7 @@ class Corpus(NamedTuple):
     val: np.ndarray
 
 
-# -------- Documents
+# ---- Documents
 
 
 def read_documents(dataset):
@@ -80,7 +79,7 @@ def split_documents(documents):
     return train, val
 
 
-# -------- Tokenizers
+# ---- Tokenizers
 
 
 def train_bpe(texts, vocab_size):
@@ -175,12 +174,12 @@ def load_tokenizer(folder, vocab_size):
         if tokenizer.n_vocab > vocab_size:
             raise ValueError(f"it has {tokenizer.n_vocab} ids, the model has {vocab_size}")
         return tokenizer
-    except Exception as error:  # noqa: BLE001 (a damaged file can raise anything)
+    except Exception as error:  # noqa: BLE001 (as in load_run)
         kind = type(error).__name__
         raise ValueError(f"{path} is not the tokenizer it should be ({kind}: {error})") from None
 
 
-# -------- Tokens on disk
+# ---- Tokens on disk
 
 
 def load_tokens(path, tokenizer, texts):
@@ -199,11 +198,8 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     """-> Corpus, prepared if it is not there yet. tokenizer: see make_tokenizer, or one that is loaded."""
     documents = read_documents(dataset)
     train, val = split_documents(documents)
-    if not any(train) or not any(val):
-        raise ValueError(f"--dataset={dataset} is too short to hold out a part of it")
     corpus_hash = hash_of(json.dumps({"train": train, "val": val}))
-    name = "python" if dataset == "python" else Path(dataset).resolve().name
-    folder = Path("data") / f"{name}-{corpus_hash}"
+    folder = Path("data") / f"{Path(dataset).resolve().name}-{corpus_hash}"
     if isinstance(tokenizer, str):
         path = folder / f"{tokenizer}.json"
         if not path.exists():
@@ -217,7 +213,7 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     return Corpus(corpus_hash, tokenizer, train_ids, val_ids)
 
 
-# -------- Batches. What is drawn for a step depends on the seed and the step alone, also in a resumed run.
+# ---- Batches. What is drawn for a step depends on the seed and the step alone, also in a resumed run.
 
 
 def random_windows(tokens, b, l, seed, step):
@@ -235,7 +231,7 @@ def next_windows(tokens, b, l, seed, step):
     return torch.from_numpy(tokens[(start[:, None] + np.arange(l + 1)) % len(tokens)].astype(np.int64))
 
 
-# -------- Files, flags and errors, for the other scripts too
+# ---- Files, flags and errors, for the other scripts too
 
 
 def hash_of(text):
@@ -265,21 +261,21 @@ def write_whole(path, content):
 
 def check_can_write(folder):
     """ValueError if no file can be written in `folder`, which need not exist yet"""
-    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    folder = Path(folder).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out={folder}: {there} is no folder to write in")
 
 
-def number(kind, least, most=1e9):
-    """A type for argparse: a number within bounds."""
+def within(kind, least, most=1e9):
+    """A type for argparse: a number from `least` to `most`"""
 
-    def convert(text):
+    def number(text):
         if not least <= kind(text) <= most:
             raise argparse.ArgumentTypeError(f"should be from {least} to {most:g}, not {text}")
         return kind(text)
 
-    convert.__name__ = kind.__name__  # argparse shows it
-    return convert
+    return number
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

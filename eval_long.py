@@ -26,12 +26,12 @@ from tqdm import tqdm
 import data
 from model import choose_device, load_run
 
-TOKENS_AT_ONCE = 1024  # of a forward pass, in all sequences together: what fits a CPU's cache is faster
+TOKENS_AT_ONCE = 1024  # of a forward pass: what fits a CPU's cache is faster
 
 
 def choose_starts(tokens, length, sequences=None, seed=0):
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
-    None: as many as fit, at most 8. A ValueError says what would fit."""
+    None: as many as fit, at most 8."""
     fit = len(tokens) // (length + 1)
     sequences = sequences or max(1, min(fit, 8))
     if fit < sequences:
@@ -97,7 +97,7 @@ def evaluate(model, tokens, starts, length, T, bar):
     return [row | {"window_loss": window_sum / windows_seen} for row in rows]  # so that a row stands alone
 
 
-# -------- A table and a picture of {run: rows}
+# ---- A table and a picture of {run: rows}
 
 
 def print_table(results):
@@ -119,7 +119,7 @@ def draw(path, results):
     """Perplexity and excess over t, a line for each run; dotted: T."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
     curves = {
         "perplexity": lambda row: math.exp(row["nll"]),
@@ -132,7 +132,6 @@ def draw(path, results):
         axis.axvline(rows[0]["seq_len"], color="gray", linestyle=":")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.tick_params(axis="x", labelsize=8)
         axis.set(xlabel="t, tokens before the predicted one", ylabel=name)
     axes[0].set_yscale("log")
     axes[0].yaxis.set_major_formatter("{x:g}")
@@ -144,12 +143,12 @@ def draw(path, results):
 
 def make_parser():
     parser, add = data.make_parser(__doc__)
-    count = data.number(int, 1)
+    count = data.within(int, 1)
     # fmt: off
     parser.add_argument("runs", nargs="+", help="run folders made by train.py, or official checkpoints")
     add("--max_len", 65536, "tokens of a sequence", type=count)
     add("--sequences", None, "how many; None: as many as the text has, at most 8", type=count)
-    add("--seed", 0, "of where they begin", type=data.number(int, 0))
+    add("--seed", 0, "of where they begin", type=data.within(int, 0))
     add("--dataset", None, "python, or a UTF-8 text file or folder; None: that of the runs")
     add("--out", "out/eval", "folder of results.jsonl and excess.png")
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
@@ -177,7 +176,7 @@ def main(argv=None):
     if args.max_len < T:
         raise ValueError(f"--max_len={args.max_len} is less than T = {T}, the training length")
     corpus = data.load_corpus(dataset, tokenizer)
-    length = args.max_len // (T // 2) * (T // 2)
+    length = args.max_len - args.max_len % (T // 2)
     starts = choose_starts(corpus.val, args.max_len, args.sequences, args.seed)
 
     # Run by run. What is finished is written at once, after what stands there already.

@@ -33,9 +33,8 @@ class Mamba2Config:
     headdim: int = 64  # p
     expand: int = 2  # all heads together have h p = expand d channels
     d_conv: int = 4  # tokens that the convolution sees
-    # For -A, how fast a head forgets, and dt, its time step, see Mamba2.
     A_init: str = "uniform"  # or "log": log-uniform, with one head in each of h equal parts of the range
-    A_init_range: tuple = (1, 16)  # of -A at the start
+    A_init_range: tuple = (1, 16)  # of -A, how fast heads forget, at the start (see Mamba2)
     dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
     tie_embeddings: bool = True  # lm_head's weight is the embedding's
@@ -212,7 +211,6 @@ class Mamba2LM(nn.Module):
             probabilities = self.lm_head(hidden[:, -1]).softmax(-1)  # (b, vocab)
             idx = torch.multinomial(probabilities, 1, generator=generator)  # (b, 1)
             out.append(idx)
-
         return torch.cat(out, dim=1)
 
     @classmethod
@@ -230,7 +228,7 @@ class Mamba2LM(nn.Module):
             fields = {"tie_embeddings": False} | {names.get(k, k): value for k, value in fields.items()}
         else:
             fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})
-        # What other models may have, and the only value of it that is implemented here.
+        # The only values that are implemented here.
         only = dict(model_type="mamba2", layer="Mamba2", ngroups=1, bias=False, conv_bias=True)
         only |= dict(attn_layer_idx=[], d_intermediate=0, D_has_hdim=False, norm_before_gate=False)
         only |= dict(dt_limit=[0, math.inf], rms_norm=True, hidden_act="silu", layer_norm_epsilon=1e-5)
@@ -264,7 +262,6 @@ def load_run(folder, device="cpu"):
             model = Mamba2LM.from_pretrained(folder)
             args = dict(seq_len=2048, batch_size=8, dataset="python", lr=3e-4)
             checkpoint = {"args": args, "step": 0}
-
         else:
             checkpoint = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)
             model = Mamba2LM(Mamba2Config(**checkpoint["config"]))

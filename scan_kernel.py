@@ -48,7 +48,7 @@ def ssd_loop(u, a, B, C, init_state=None):
     return torch.stack(y, dim=1).to(u.dtype), S
 
 
-# -------- The chunked scan
+# ---- The chunked scan
 #
 # The loop takes l steps. Chunks of c tokens take l / c, each a few matrix products, which is what hardware is
 # good at. Take c tokens that start from the state S, and let cs_q = a_0 + ... + a_q be the running sum within
@@ -68,7 +68,7 @@ def ssd_loop(u, a, B, C, init_state=None):
 
 def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
     """The four steps in plain torch. Arguments and results of `ssd`, gradients by autograd. Decays and states
-    are in a's dtype, products in u's. (All chunks at once would be slower: one stays in a CPU's cache.)"""
+    are in a's dtype, products in u's. (A loop over chunks: one stays in a CPU's cache, all would not.)"""
     S, y = init_state, []
     with torch.autocast(u.device.type, enabled=False):  # the dtypes are chosen by hand here
         for u_c, a_c, B_c, C_c in zip(*(t.split(chunk, dim=1) for t in (u, a, B, C))):
@@ -129,14 +129,14 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
         raise ValueError(f"ssd: chunk should be a power of two, not {chunk}")
     why_not = why_not_triton(u, B)
     if backend is None:
-        backend = "triton" if u.is_cuda and why_not is None else "torch"
-    if backend == "triton" and why_not is not None:
+        backend = "triton" if u.is_cuda and not why_not else "torch"
+    if backend == "triton" and why_not:
         raise ValueError(f"ssd: backend 'triton' does not work here: {why_not}")
     scan = {"triton": ssd_triton, "torch": ssd_chunked}[backend]
     return scan(u, a, B, C, init_state, chunk)
 
 
-# -------- The scan on a GPU
+# ---- The scan on a GPU
 #
 # Autograd finds the gradients of `ssd_chunked`; kernels need them written down. A prime marks the gradient
 # of the loss with respect to what it follows. Chunk by chunk from the last one, whose S_new is final_state:
@@ -284,8 +284,9 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
         cols_n = n + tl.arange(0, N)
         B = _load(B_ptr, N_ALL, rows, cols_n, inside)
         C = _load(C_ptr, N_ALL, rows, cols_n, inside)
-        S = tl.load(states_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
-        dS = tl.load(dstates_ptr + rows_state[:, None] * N_ALL + cols_n[None, :])
+        offs_state = rows_state[:, None] * N_ALL + cols_n[None, :]  # [P, N]
+        S = tl.load(states_ptr + offs_state)
+        dS = tl.load(dstates_ptr + offs_state)
         CB = _dot(C, tl.trans(B), CB)
         du = _dot(B, tl.trans(dS), du)
         from_past += tl.sum(_dot(dy, S) * C, 1)  # y' . S C, without keeping S C

@@ -52,7 +52,7 @@ def run_python(*command, folder=ROOT, interpret="0"):
     return done.stdout
 
 
-# -------- The scan
+# ---- The scan
 
 SCANS = [partial(ssd_chunked, chunk=16), partial(ssd_triton, chunk=16)]
 if scan_kernel.triton is None:
@@ -273,7 +273,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             assert row["tensor_ops"] >= row["products"], row
 
 
-# -------- The model
+# ---- The model
 
 
 def tiny_model(seed=0, **changes):
@@ -429,7 +429,7 @@ def test_hugging_face_tokenizer_gives_the_same_ids(official):
     assert ours.encode_single_token(data.SEPARATOR) not in ours.encode_ordinary(data.SEPARATOR)
 
 
-# -------- The data
+# ---- The data
 
 TEXT = "".join(f"def f_{i}(x):\n    return x + {i * 7919 % 1000}  # é 日本\n\n" for i in range(1500))
 
@@ -506,7 +506,7 @@ def test_batches_depend_on_seed_and_step_alone(windows):
     assert len(set(batches[0][:, 0].tolist())) == 4
 
 
-# -------- Initial states, training, resuming
+# ---- Initial states, training, resuming
 
 SMALL = ["--d_model=16", "--n_layer=2", "--d_state=8", "--headdim=8", "--seq_len=8", "--batch_size=4"]
 SMALL += ["--dataset=a text.txt", "--tokenizer=byte", "--device=cpu", "--log_every=2"]
@@ -755,7 +755,7 @@ def test_bad_flags_are_exit_code_2_and_touch_nothing(work, capsys):
         assert sorted(Path().rglob("*")) == before, flags
 
 
-# -------- The long evaluation
+# ---- The long evaluation
 
 
 @torch.no_grad()
@@ -848,7 +848,7 @@ def test_memory_does_not_grow_with_length():
     assert int(long) < 1.1 * int(short)
 
 
-# -------- The words
+# ---- The words
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAINS = {"train": train, "eval_long": eval_long}

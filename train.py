@@ -25,7 +25,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # memory in huge pages: 15 % less time a step on a CPU
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: 15 % less time a step on a CPU
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ from model import Mamba2Config, Mamba2LM, choose_device, load_run
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
-# -------- The initial state: the idea of this project
+# ---- The initial state: the idea of this project
 
 # Of fitted: batches measured before training, steps between two measurements after, weight of a new one.
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
@@ -81,7 +81,7 @@ class InitialState:
         return list(zip(conv, ssm))
 
     def observe(self, state):
-        """state: after the last token. Detached, so that no gradient reaches the step before."""
+        """state: after the last token. Detached: no gradient reaches the step before."""
         if self.mode in ("prev", "tbtt"):
             self.memory["ssm"] = [ssm.detach() for _, ssm in state]
         if self.mode == "tbtt":
@@ -112,7 +112,7 @@ class InitialState:
         return min(max(rows - with_state - RANK * b, 0), b)
 
 
-# -------- The other parts of a step
+# ---- The other parts of a step
 
 WARMUP, FINAL_LR = 0.1, 0.1  # shares of the steps and of the peak; in between a cosine
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.95), 0.1, 1.0
@@ -175,7 +175,7 @@ def eager():
     return torch.compiler.set_stance("force_eager")
 
 
-# -------- Flags. Some have other defaults in a preset, or in post-training.
+# ---- Flags. Some have other defaults in a preset, or in post-training.
 
 PRESETS = {
     "tiny": {},  # 0.4M parameters: minutes on a CPU
@@ -201,23 +201,22 @@ def make_parser():
     presets = "".join(f"--preset={name}: {values}\n" for name, values in PRESETS.items())
     epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}, the rest as in that run"
     parser, add = data.make_parser(__doc__, epilog)
-    count = data.number(int, 1)
-    not_negative = data.number(float, 0)
+    count = data.within(int, 1)
     # fmt: off
     modes = ["zero", "noise", "fitted", "prev", "tbtt"]
     add("--init_state", "zero", "what training windows start from", choices=modes)
     add("--init_prob", 1.0, "share of the windows that start from it; the others start from zero",
-        type=data.number(float, 0, 1))
-    add("--noise_std", 0.1, "standard deviation, for noise (our choice)", type=not_negative)
+        type=data.within(float, 0, 1))
+    add("--noise_std", 0.1, "standard deviation, for noise (our choice)", type=data.within(float, 0))
     add("--out", None, "folder of the run; None: out/<init_state>")
     add("--resume", False, "go on with the run in --out from its last checkpoint", action="store_true")
     add("--init_from", None, "start from the weights of a run, or an official checkpoint", metavar="RUN")
     add("--preset", "tiny", "sizes of the model and of its training", choices=PRESETS)
     add("--steps", 500, "optimizer steps", type=count)
     add("--batch_size", 64, "windows a step, in each process", type=count)
-    add("--seq_len", 64, "T, tokens of a training window, even", type=data.number(int, 2))
-    add("--lr", 3e-3, "peak learning rate", type=not_negative)
-    add("--seed", 0, "of the weights, the batches and the noise", type=data.number(int, 0))
+    add("--seq_len", 64, "T, tokens of a training window, even", type=data.within(int, 2))
+    add("--lr", 3e-3, "peak learning rate", type=data.within(float, 0))
+    add("--seed", 0, "of the weights, the batches and the noise", type=data.within(int, 0))
     add("--dataset", "python", "python (its library's sources), or a UTF-8 text file or folder")
     add("--tokenizer", "bpe1024", "byte, or bpeN (N ids, learnt from the text)")
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
@@ -234,7 +233,7 @@ def make_parser():
     add("--headdim", 32, "p, numbers that a head reads and writes a token", type=count)
     add("--A_init", "log", "how -A, the rates of forgetting, start", choices=["log", "uniform"])
     add("--A_init_range", [0.01, 16.0], "their range, lowest and highest; ours (mamba_ssm: uniform, 1 16)",
-        type=data.number(float, 1e-9), nargs=2, metavar="RATE")
+        type=data.within(float, 1e-9), nargs=2, metavar="RATE")
     # fmt: on
     return parser
 
@@ -274,7 +273,7 @@ def parse(argv):
     return args, model, checkpoint
 
 
-# -------- Several processes. For a single one all of this does nothing.
+# ---- Several processes. For a single one all of this does nothing.
 
 
 def join_processes():
@@ -289,7 +288,7 @@ def join_processes():
 
 
 def own_rows(rows):
-    """The part of this process of the rows of a whole batch."""
+    """This process's part of the rows of a whole batch"""
     return rows.chunk(WORLD)[RANK] if WORLD > 1 else rows
 
 
@@ -307,7 +306,7 @@ def mean_over_processes(tensor):
     return tensor / WORLD
 
 
-# -------- A run on disk: ckpt.pt, tokenizer.json, log.jsonl
+# ---- A run on disk: ckpt.pt, tokenizer.json, log.jsonl
 
 
 def save(args, step, model, optimizer, init, corpus, log):
@@ -387,8 +386,7 @@ def print_row(row, bar):
 
 def print_sample(model, tokenizer, seed, device):
     separator = torch.tensor([[tokenizer.encode_single_token(data.SEPARATOR)]], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    sample = model.eval().generate(separator, 256, generator=generator)
+    sample = model.eval().generate(separator, 256, torch.Generator(device).manual_seed(seed))
     print(f"\n256 tokens of its own:\n\n{tokenizer.decode(sample[0].tolist())}\n")
 
 
@@ -402,8 +400,7 @@ def main(argv=None):
     corpus = prepare_corpus(args, model, checkpoint)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     model = prepare_model(args, model, corpus, device, autocast)
-    # net: the model, which exchanges gradients if there are several processes
-    net = model if WORLD == 1 else DistributedDataParallel(model)
+    net = model if WORLD == 1 else DistributedDataParallel(model)  # which exchanges gradients
     optimizer = make_optimizer(model, device)
 
     # Where to begin.
