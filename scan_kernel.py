@@ -239,7 +239,8 @@ def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, 
         B = _load(B_ptr, N_ALL, rows, cols_n, inside)
         u = (u * (since if REVERSE else until)[:, None]).to(u.dtype)
         S = _dot(tl.trans(u), B, S * across)  # 3, 4
-    tl.store(end_ptr + batch * (H * P_ALL * N_ALL) + offs_state, S)
+    if end_ptr is not None:
+        tl.store(end_ptr + batch * (H * P_ALL * N_ALL) + offs_state, S)
 
 
 @jit
@@ -368,11 +369,11 @@ def _launch(kernel, axes, chunk, u, a, B, *more, **flags):
         kernel[grid](u, a, B, *more, l, places["chunk"], **sizes, **options, **flags)
 
 
-def _walk(u, a, B, start, chunk, reverse=False):
-    """-> the states before each chunk (b, chunks, h, p, n) in u's dtype, and that at the end"""
+def _walk(u, a, B, start, chunk, reverse=False, wants_end=True):
+    """-> the states before each chunk (b, chunks, h, p, n) in u's dtype, and that at the end if wanted"""
     (b, l, h, p), n = u.shape, B.shape[2]
     states = u.new_empty(b, -(-l // chunk), h, p, n)
-    end = a.new_empty(b, h, p, n)
+    end = a.new_empty(b, h, p, n) if wants_end else None
     _launch(walk_kernel, ("head", "p", "n"), chunk, u, a, B, states, start, end, REVERSE=reverse)
     return states, end
 
@@ -380,7 +381,7 @@ def _walk(u, a, B, start, chunk, reverse=False):
 # As operators, torch.compile and autograd do not look inside. All tensors are contiguous.
 INPUTS = "Tensor u, Tensor a, Tensor B, Tensor C"
 FORWARD = f"({INPUTS}, Tensor? init_state, int chunk) -> (Tensor, Tensor, Tensor)"
-BACKWARD = f"({INPUTS}, Tensor states, Tensor? dy, Tensor? dS, int chunk) -> Tensor[]"
+BACKWARD = f"({INPUTS}, Tensor states, Tensor? dy, Tensor? dS, int chunk, bool wants_init) -> Tensor[]"
 
 
 @torch.library.custom_op("ssd::forward", mutates_args=(), schema=FORWARD)
@@ -393,11 +394,11 @@ def _forward(u, a, B, C, init_state, chunk):
 
 
 @torch.library.custom_op("ssd::backward", mutates_args=(), schema=BACKWARD)
-def _backward(u, a, B, C, states, dy, dS, chunk):
-    """-> the gradients of u, a, B, C and init_state"""
+def _backward(u, a, B, C, states, dy, dS, chunk, wants_init):
+    """-> the gradients of u, a, B and C, and of init_state if it is wanted"""
     dy = torch.zeros_like(u) if dy is None else dy.contiguous()
     dS = None if dS is None else dS.contiguous()
-    dstates, dinit_state = _walk(dy, a, C, dS, chunk, reverse=True)
+    dstates, dinit_state = _walk(dy, a, C, dS, chunk, reverse=True, wants_end=wants_init)
     du = torch.empty_like(u)
     dB = torch.empty_like(B)
     dC = torch.empty_like(C)
@@ -406,7 +407,7 @@ def _backward(u, a, B, C, states, dy, dS, chunk):
     tensors = (u, a, B, C, states, dstates, dy)
     _launch(inputs_grad_kernel, ("chunk", "head", "p"), chunk, *tensors, du, da)
     _launch(addresses_grad_kernel, ("chunk", "n"), chunk, *tensors, dB, dC)
-    return [du, da.sum(3), dB, dC, dinit_state]
+    return [du, da.sum(3), dB, dC] + ([dinit_state] if wants_init else [])
 
 
 @_forward.register_fake  # for torch.compile: shapes and dtypes of what comes back
@@ -416,8 +417,9 @@ def _(u, a, B, C, init_state, chunk):
 
 
 @_backward.register_fake
-def _(u, a, B, C, states, dy, dS, chunk):
-    return [torch.empty_like(t) for t in (u, a, B, C)] + [torch.empty_like(states[:, 0], dtype=a.dtype)]
+def _(u, a, B, C, states, dy, dS, chunk, wants_init):
+    gradients = [torch.empty_like(t) for t in (u, a, B, C)]
+    return gradients + ([torch.empty_like(states[:, 0], dtype=a.dtype)] if wants_init else [])
 
 
 def _setup_context(ctx, inputs, output):
@@ -428,8 +430,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, dy, dS, _):
-    *gradients, dinit_state = _backward(*ctx.saved_tensors, dy, dS, ctx.chunk)
-    return *gradients, dinit_state if ctx.needs_input_grad[4] else None, None
+    gradients = _backward(*ctx.saved_tensors, dy, dS, ctx.chunk, ctx.needs_input_grad[4])
+    return *gradients, *[None] * (6 - len(gradients))
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
