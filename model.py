@@ -177,7 +177,7 @@ class Mamba2LM(nn.Module):
 
     def hidden(self, idx, state=None):
         """idx (b, l) -> (b, l, d) before the head, state after the last token"""
-        state = [(None, None)] * self.config.n_layer if state is None else state
+        state = state or [(None, None)] * self.config.n_layer
         x = self.backbone.embedding(idx)  # (b, l, d), the residual stream, in float32
         new_state = []
         for block, layer_state in zip(self.backbone.layers, state, strict=True):

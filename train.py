@@ -14,7 +14,7 @@ leads to, and may fail on them. arXiv 2507.02782 starts training windows from ot
     prev      the final state of the previous batch, which is other text (State Passing)
     tbtt      the same, and each row goes on with that text (truncated backpropagation through time)
 
-The model, the loss and T stay the same. Only tbtt takes other batches."""
+All else stays the same, but for tbtt's batches."""
 
 import atexit
 import json
@@ -157,8 +157,7 @@ def choose_dtype(name, device):
         return name
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        fast = any(getattr(torch.cpu, check, bool)() for check in checks)  # bool() is False: torch is too old
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if fast else "float32"
 
 
