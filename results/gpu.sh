@@ -5,7 +5,7 @@
 #     bash results/gpu.sh 130m          post-training of state-spaces/mamba2-130m (T = 2,048), downloaded; 64 T
 #     bash results/gpu.sh --rehearse    both at tiny sizes, with made-up weights for 130m: minutes on a CPU
 #
-# Runs are in out/gpu; results/gpu gets results.jsonl and a figure for each stage.
+# Runs are in out/gpu; results/gpu gets the results and a figure of each stage.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=out/gpu shown=results/gpu stages="${*:-small}"
@@ -36,18 +36,22 @@ cap() { # cap NAME RUN TOKENS: another memory without training
     python results/surgery.py cap "$folder/$2" "$folder/$1" --tokens="$3"
 }
 
-evaluate() { # evaluate LENGTH RUN...: what eval/results.jsonl has is not computed again, only drawn
-    local runs=("${@:2}")
-    python eval_long.py "${runs[@]/#/$folder/}" --max_len="$1" --out="$folder/eval"
-}
-
 finish() { # finish STAGE LENGTH RUN...: evaluates one after the other, draws all
+    local results=$folder/$1-eval/results.jsonl
     for run in "${@:3}"; do
-        once "$run-$2" evaluate "$2" "$run"
+        once "$run-$2" python eval_long.py "$folder/$run" --max_len="$2" --out="$folder/$1-eval"
     done
-    evaluate "${@:2}"
-    cp "$folder/eval/results.jsonl" "$shown/results.jsonl"
-    cp "$folder/eval/excess.png" "$shown/$1.png"
+    cp "$results" "$shown/$1.jsonl"
+    python - "$results" "$shown/$1.png" <<'P'
+import json, sys
+import eval_long
+results = {}
+for row in map(json.loads, open(sys.argv[1])):
+    results.setdefault(row["run"], {})[row["to"]] = row
+results = {run: list(rows.values()) for run, rows in results.items()}
+eval_long.print_table(results)
+eval_long.draw(sys.argv[2], results)
+P
     echo "$shown/$1.png"
 }
 
