@@ -43,9 +43,10 @@ import speed
 
 import model as model_file
 import scan_kernel
+import test_all
 import train
 from scan_kernel import ssd, ssd_chunked, ssd_loop
-from test_all import random_inputs, relative_error, with_gradients
+from test_all import random_inputs, relative_error
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SEED = 0
@@ -213,11 +214,7 @@ SHAPES = [(2, 131, 4, 64, 128, 64), (4, 32, 8, 32, 128, 32), (2, 33, 8, 32, 128,
           (1, 1030, 8, 64, 128, 64), (1, 300, 4, 128, 256, 128), (1, 1, 2, 16, 16, 16)]  # fmt: skip
 if not GPU:
     SHAPES = [(2, 37, 3, 16, 32, 16), (1, 66, 2, 64, 16, 32), (1, 1, 2, 16, 16, 16)]
-LOSSES = {  # what the loss is on, and how it is taken from the results of the scan
-    "both": (["y", "final_state"], lambda y, S, C: (y, S)),
-    "y": (["y"], lambda y, S, C: (y,)),
-    "state": (["final_state"], lambda y, S, C: (S + 0 * C.sum(),)),  # so that C has a gradient: 0
-}
+OUTPUTS = {"both": ["y", "final_state"], "y": ["y"], "state": ["final_state"]}  # of the scan, in the loss
 
 
 def inputs_for(shape, dtype):
@@ -226,9 +223,8 @@ def inputs_for(shape, dtype):
 
 def results(scan, inputs, loss="both"):
     """{name: tensor} of what the loss is on, and of all gradients, for random gradients coming in."""
-    names, take = LOSSES[loss]
-    names = names + [f"{name}'" for name in ("u", "a", "B", "C", "init_state")[: len(inputs)]]
-    return dict(zip(names, with_gradients(lambda *args: take(*scan(*args), args[3]), inputs), strict=True))
+    names = OUTPUTS[loss] + [f"{name}'" for name in ("u", "a", "B", "C", "init_state")[: len(inputs)]]
+    return dict(zip(names, test_all.results(scan, inputs, loss), strict=True))
 
 
 def triton_results(inputs, chunk, loss="both", gap=None):
@@ -278,7 +274,7 @@ DTYPES = ("fp32", "fp16", "bf16") if GPU else ("fp32", "fp16")  # the interprete
 
 def scan():
     cases = [(shape, dtype, "both", True) for shape in SHAPES for dtype in DTYPES]
-    cases += itertools.product(SHAPES[:1], DTYPES, LOSSES, (True, False))
+    cases += itertools.product(SHAPES[:1], DTYPES, OUTPUTS, (True, False))
     for case in dict.fromkeys(cases):
         what = "{} {}, loss on {}, init_state {}".format(*case)
         attempt("scan", what, scan_case, *case)
