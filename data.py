@@ -46,8 +46,7 @@ class Corpus(NamedTuple):
 
 
 def read_documents(dataset):
-    """{name: text} of a dataset: "python", the path of a text file, or that of a folder, of which files that
-    are not UTF-8 are left out"""
+    """{name: text} of "python", a text file, or a folder, where files that are not UTF-8 are left out"""
     python = dataset == "python"
     root = Path(sysconfig.get_paths()["stdlib"] if python else dataset)
     if not root.exists():
@@ -95,7 +94,7 @@ def train_bpe(texts, vocab_size):
     for word, n in frequency.items():
         if n > 1:  # words seen only once teach nothing
             words.append(([bytes([byte]) for byte in word.encode()], n))
-    # counts[left + right]: how often the two are neighbours (a + aa counts as aa + a);
+    # counts[left + right]: how often such neighbours occur; a + aa and aa + a count together.
     # found_in[left + right]: the indices of the words in which they are, or were.
     counts = Counter()
     found_in = defaultdict(set)
@@ -142,8 +141,8 @@ def make_tokenizer(spec, texts):
 
 
 def read_tokenizer(text):
-    """The tokenizer of such a text, or of a tokenizer.json of the `tokenizers` library. It has
-    encode_ordinary, encode_single_token, decode and n_vocab, as in tiktoken, and `text`."""
+    """The tokenizer of a text from make_tokenizer, or from a tokenizer.json of the `tokenizers` library. It
+    has encode_ordinary, encode_single_token, decode and n_vocab, as in tiktoken, and `text`."""
     fields = json.loads(text)
     if "model" not in fields:
         ranks = {base64.b64decode(token): rank for token, rank in fields["ranks"]}
@@ -167,7 +166,7 @@ def read_tokenizer(text):
 
 
 def load_tokenizer(folder, vocab_size):
-    """Of a run. ValueError if the file is damaged, or knows more ids than a model of vocab_size"""
+    """That of a run. ValueError if it is damaged, or has more ids than vocab_size, the model's"""
     path = Path(folder) / "tokenizer.json"
     try:
         tokenizer = read_tokenizer(path.read_text(encoding="utf-8"))
@@ -259,14 +258,6 @@ def write_whole(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def check_can_write(folder):
-    """ValueError if no file can be written in `folder`, which need not exist yet"""
-    folder = Path(folder).absolute()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"--out={folder}: {there} is no folder to write in")
-
-
 def within(kind, least, most=1e9):
     """A type for argparse: a number from `least` to `most`"""
 
@@ -294,12 +285,12 @@ def make_parser(description, epilog=None):
 
 
 def run_script(main):
-    """Errors in one line. Exit code 2: a flag or a file is wrong, and nothing was done; else 1."""
+    """Errors in one line, with exit code 2"""
     try:
         main()
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -29,7 +29,7 @@ from model import choose_device, load_run
 TOKENS_AT_ONCE = 1024  # of a forward pass: what fits a CPU's cache is faster
 
 
-def choose_starts(tokens, length, sequences=None, seed=0):
+def choose_starts(tokens, length, sequences=None):
     """Where to begin `sequences` texts of length + 1 tokens that do not overlap, spread over all of `tokens`.
     None: as many as fit, at most 8."""
     fit = len(tokens) // (length + 1)
@@ -38,7 +38,7 @@ def choose_starts(tokens, length, sequences=None, seed=0):
         longest = max(0, len(tokens) // sequences - 1)
         raise ValueError(f"{sequences} x {length:,} tokens do not fit in the text: --max_len={longest} would")
     slot = len(tokens) // sequences
-    return np.arange(sequences) * slot + np.random.default_rng(seed).integers(slot - length, size=sequences)
+    return np.arange(sequences) * slot + np.random.default_rng(0).integers(slot - length, size=sequences)
 
 
 def make_buckets(length, T):
@@ -53,7 +53,6 @@ def make_buckets(length, T):
 def evaluate(model, tokens, starts, length, T, bar):
     """Predicts tokens[start + 1 : start + 1 + length] for each start. length: a multiple of T/2, at least T.
     -> a dict for each bucket: from, to, tokens, means in nats/token, the excess's standard error (_se)."""
-
     half = T // 2
     b = len(starts)
     device = model.lm_head.weight.device
@@ -78,7 +77,7 @@ def evaluate(model, tokens, starts, length, T, bar):
             nll, state = model.per_token_nll(idx[:, :-1], idx[:, 1:], state)  # (b, end - begin)
             full += nll[:, first - begin :].cpu().double().sum(1)
 
-            # Restarted: the windows whose second halves lie in this segment.
+            # Restarted: windows that begin T/2 apart. Their second halves, side by side, are the segment.
             windows = read(first - half, end).unfold(1, T + 1, half)  # (b, windows, T + 1)
             flat = windows.flatten(0, 1)
             nll, _ = model.per_token_nll(flat[:, :-1], flat[:, 1:])
@@ -143,25 +142,21 @@ def draw(path, results):
 
 def make_parser():
     parser, add = data.make_parser(__doc__)
-    count = data.within(int, 1)
-    # fmt: off
+    positive = data.within(int, 1)
     parser.add_argument("runs", nargs="+", help="run folders made by train.py, or official checkpoints")
-    add("--max_len", 65536, "tokens of a sequence", type=count)
-    add("--sequences", None, "how many; None: as many as the text has, at most 8", type=count)
-    add("--seed", 0, "of where they begin", type=data.within(int, 0))
+    add("--max_len", 65536, "tokens of a sequence", type=positive)
+    add("--sequences", None, "how many; None: as many as the text has, at most 8", type=positive)
     add("--dataset", None, "python, or a UTF-8 text file or folder; None: that of the runs")
     add("--out", "out/eval", "folder of results.jsonl and excess.png")
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--backend", None, "of the scan; None: triton on a GPU", choices=["triton", "torch"])
-    # fmt: on
     return parser
 
 
 def main(argv=None):
-    # Everything that can be wrong with the arguments, before any work.
+    # Everything that can be wrong, before the long part.
     torch.set_flush_denormal(True)  # as in train.py
     args = make_parser().parse_args(argv)
-    data.check_can_write(args.out)
     device = choose_device(args.device)
     runs = {run: load_run(run, device) for run in args.runs}
     kinds = set()
@@ -173,22 +168,24 @@ def main(argv=None):
         kinds.add((tokenizer.text, dataset, T))
     if len(kinds) > 1:
         raise ValueError("these runs have different tokenizers, datasets or T: evaluate them one by one")
+    # tokenizer, dataset and T are those of all runs.
     if args.max_len < T:
         raise ValueError(f"--max_len={args.max_len} is less than T = {T}, the training length")
     corpus = data.load_corpus(dataset, tokenizer)
     length = args.max_len - args.max_len % (T // 2)
-    starts = choose_starts(corpus.val, args.max_len, args.sequences, args.seed)
-
-    # Run by run. What is finished is written at once, after what stands there already.
+    starts = choose_starts(corpus.val, length, args.sequences)
     path = Path(args.out) / "results.jsonl"
     known = path.read_text() if path.exists() else ""
+    data.write_whole(path, known)  # can it be written?
+
+    # Run by run. What is finished is written at once, after what stands there already.
     results = {}
     for run, (model, checkpoint) in runs.items():
         total = len(starts) * length
         with tqdm(total=total, desc=run, unit=" tokens", unit_scale=True, disable=None) as bar:
             rows = evaluate(model, corpus.val, starts, length, T, bar)
         about = dict(run=run, init_state=checkpoint["args"].get("init_state", "zero"), seq_len=T)
-        about |= dict(step=checkpoint["step"], corpus_hash=corpus.hash, max_len=length, seed=args.seed)
+        about |= dict(step=checkpoint["step"], corpus_hash=corpus.hash, max_len=length)
         results[run] = [about | row for row in rows]
         known += "".join(json.dumps(row) + "\n" for row in results[run])
         data.write_whole(path, known)

@@ -6,8 +6,8 @@
 
 A layer looks at the past in two ways: by a convolution over the last few tokens, and by the scan of
 scan_kernel.py. So its state has two parts: *conv*, the last d_conv - 1 inputs of the convolution, and *ssm*
-(state space model), the matrices of the scan. Carry both over, and a text cut into segments gives the same
-numbers as in one piece.
+(a recurrence like the scan is a state space model), the matrices S of the scan. Carry both over, and a text
+cut into segments gives the same numbers as in one piece.
 
 Parameters are those of the official MambaLMHeadModel (mamba_ssm) in name, shape and meaning.
 Dimensions: b batch · l length · h head · p head dim · n state dim · d model width"""
@@ -26,7 +26,8 @@ from scan_kernel import ssd
 
 @dataclass
 class Mamba2Config:
-    vocab_size: int  # (the other defaults are mamba_ssm's; train.py's flags have their own)
+    # The defaults are mamba_ssm's; train.py's flags have their own. A and dt: see Mamba2.
+    vocab_size: int
     d_model: int
     n_layer: int
     d_state: int = 128  # n
@@ -34,7 +35,7 @@ class Mamba2Config:
     expand: int = 2  # all heads together have h p = expand d channels
     d_conv: int = 4  # tokens that the convolution sees
     A_init: str = "uniform"  # or "log": log-uniform, with one head in each of h equal parts of the range
-    A_init_range: tuple = (1, 16)  # of -A, how fast heads forget, at the start (see Mamba2)
+    A_init_range: tuple = (1, 16)  # of -A at the start
     dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
     tie_embeddings: bool = True  # lm_head's weight is the embedding's
@@ -42,6 +43,7 @@ class Mamba2Config:
     backend: str | None = None  # of the scan: "triton", "torch", or None for the better one
 
     def __post_init__(self):
+        self.A_init_range = list(self.A_init_range)
         self.d_inner = self.expand * self.d_model
         self.nheads = self.d_inner // self.headdim
         self.conv_dim = self.d_inner + 2 * self.d_state  # x, B and C go through the convolution
@@ -73,7 +75,7 @@ class Mamba2(nn.Module):
         h = config.nheads
         self.in_proj = nn.Linear(config.d_model, config.d_inner + config.conv_dim + h, bias=False)
         self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim)
-        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.dt_bias = nn.Parameter(torch.empty(h))  # Mamba2LM.init_weights fills these
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
         self.norm = GatedRMSNorm(config.d_inner)
@@ -85,10 +87,10 @@ class Mamba2(nn.Module):
         if conv is None:
             conv = xBC.new_zeros(b, self.config.d_conv - 1, width)
         padded = torch.cat([conv.to(xBC.dtype), xBC], dim=1)  # (b, d_conv - 1 + l, conv_dim)
-        out = self.conv1d.bias
+        out = self.conv1d.bias  # float32, so the sum is, too
         for i in range(self.config.d_conv):  # shifted products: faster than nn.Conv1d on a CPU
             out = torch.addcmul(out, padded[:, i : i + l], self.conv1d.weight[:, 0, i])
-        last = padded[:, l:].to(out.dtype, copy=True)  # float32; a view would keep all of `padded`
+        last = padded[:, l:].to(out.dtype, copy=True)  # a view would keep all of `padded`
         return F.silu(out).to(xBC.dtype), last
 
     def forward(self, inputs, state):
@@ -121,9 +123,9 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=1e-5)
         self.mixer = Mamba2(config)
 
-    def forward(self, x, state):
-        y, state = self.mixer(self.norm(x), state)
-        return x + y, state
+    def forward(self, residual, state):
+        y, state = self.mixer(self.norm(residual), state)
+        return residual + y, state
 
 
 class Mamba2LM(nn.Module):
@@ -145,7 +147,7 @@ class Mamba2LM(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        embedding (= lm_head)    normal, std 0.02
+        embedding                normal, std 0.02; lm_head the same, or torch's default if it is not tied
         in_proj, conv1d          uniform in +- 1 / sqrt(fan in), torch's default
         out_proj                 that / sqrt(n_layer): each layer adds to the residual stream
         norms, D                 1
@@ -176,14 +178,14 @@ class Mamba2LM(nn.Module):
         return [(conv, ssm)] * config.n_layer
 
     def hidden(self, idx, state=None):
-        """idx (b, l) -> (b, l, d) before the head, state after the last token"""
+        """idx (b, l) -> (b, l, d) before lm_head, state after the last token"""
         state = state or [(None, None)] * self.config.n_layer
-        x = self.backbone.embedding(idx)  # (b, l, d), the residual stream, in float32
+        residual = self.backbone.embedding(idx)  # (b, l, d), float32
         new_state = []
         for block, layer_state in zip(self.backbone.layers, state, strict=True):
-            x, layer_state = block(x, layer_state)
+            residual, layer_state = block(residual, layer_state)
             new_state.append(layer_state)
-        return self.backbone.norm_f(x), new_state
+        return self.backbone.norm_f(residual), new_state
 
     def forward(self, idx, targets=None, state=None):
         """idx (b, l) -> (logits (b, l, vocab), None, state); with targets (b, l): (None, mean loss, state)"""
@@ -197,7 +199,7 @@ class Mamba2LM(nn.Module):
         """idx, targets (b, l) -> negative log-likelihood of each target (b, l) in nats; state"""
         hidden, state = self.hidden(idx, state)
         logits = self.lm_head(hidden).float()  # (b, l, vocab)
-        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (b l)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (b * l)
         return nll.view(idx.shape), state
 
     @torch.no_grad()
@@ -227,7 +229,7 @@ class Mamba2LM(nn.Module):
             names |= dict(time_step_limit="dt_limit")
             fields = {"tie_embeddings": False} | {names.get(k, k): value for k, value in fields.items()}
         else:
-            fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})
+            fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})  # mamba_ssm's default
         # The only values that are implemented here.
         only = dict(model_type="mamba2", layer="Mamba2", ngroups=1, bias=False, conv_bias=True)
         only |= dict(attn_layer_idx=[], d_intermediate=0, D_has_hdim=False, norm_before_gate=False)
@@ -244,7 +246,7 @@ class Mamba2LM(nn.Module):
             file = Path(folder) / "pytorch_model.bin"
             weights = torch.load(file, map_location="cpu", weights_only=True)
         weights = {name.replace(".embeddings.", ".embedding."): weight for name, weight in weights.items()}
-        embedding = weights["backbone.embedding.weight"]  # (vocab_size, rounded up; d_model)
+        embedding = weights["backbone.embedding.weight"]  # (vocab_size and some padding, d_model)
         if fields.get("tie_embeddings", True):
             weights["lm_head.weight"] = embedding
         sizes = {name: fields[name] for name in Mamba2Config.__dataclass_fields__ if name in fields}
@@ -255,12 +257,12 @@ class Mamba2LM(nn.Module):
 
 def load_run(folder, device="cpu"):
     """-> (model in eval mode, checkpoint: a dict of tensors and plain values) of a run of train.py, or of an
-    official checkpoint, of which we only know that T was 2,048. ValueError, in one line, if it cannot be
-    used. Loading a file runs no code from it."""
+    official checkpoint, of which we know that T was 2,048 and choose the rest. ValueError, in one line, if it
+    cannot be used. Loading a file runs no code from it."""
     try:
         if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
-            args = dict(seq_len=2048, batch_size=8, dataset="python", lr=3e-4)
+            args = dict(seq_len=2048, batch_size=8, dataset="python", lr=3e-4, preset=None, tokenizer=None)
             checkpoint = {"args": args, "step": 0}
         else:
             checkpoint = torch.load(Path(folder) / "ckpt.pt", map_location="cpu", weights_only=True)

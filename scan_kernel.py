@@ -16,7 +16,6 @@ the next piece of the text, or the next batch, can start from: a result. Both ha
     ssd_triton    the same again in kernels written here: for a GPU
     ssd           what the model calls: checks its arguments and picks one
 
-
 Dimensions as in model.py, and: c chunk · q, s places in a chunk (q of what is read, s of what is written)
 """
 
@@ -80,12 +79,13 @@ def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
             W = (CB[:, None] * L).to(u.dtype)  # (b, h, q, s)
             y_c = torch.einsum("bhqs,bshp->bqhp", W, u_c)  # 1
             if S is not None:
-                since_start = cs.exp().transpose(1, 2)[..., None].to(u.dtype)  # (b, c, h, 1)
-                y_c = y_c + since_start * torch.einsum("bqn,bhpn->bqhp", C_c, S.to(u.dtype))  # 2
-            until_end = (cs[..., -1:] - cs).exp().transpose(1, 2)[..., None].to(u.dtype)  # (b, c, h, 1)
-            S_new = torch.einsum("bshp,bsn->bhpn", u_c * until_end, B_c).to(a.dtype)  # 3
+                since = cs.exp().transpose(1, 2)[..., None].to(u.dtype)  # (b, c, h, 1)
+                y_c = y_c + since * torch.einsum("bqn,bhpn->bqhp", C_c, S.to(u.dtype))  # 2
+            until = (cs[..., -1:] - cs).exp().transpose(1, 2)[..., None].to(u.dtype)  # (b, c, h, 1)
+            S_new = torch.einsum("bshp,bsn->bhpn", u_c * until, B_c).to(a.dtype)  # 3
             if S is not None:
-                S_new = S_new + cs[..., -1:, None].exp() * S  # 4; the decay: (b, h, 1, 1)
+                across = cs[..., -1:, None].exp()  # (b, h, 1, 1)
+                S_new = S_new + across * S  # 4
             S = S_new  # (b, h, p, n)
             y.append(y_c)
     return torch.cat(y, dim=1), S
@@ -154,8 +154,7 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
 #          + sum_{s < t} u_s . exp(cs_last - cs_s) S_new' B_s        from s < t to S_new   (written)
 #          + exp(cs_last) <S_new', S>                                from S to S_new       (carried)
 #
-# (In the first line, pairs with both s and q at t or later cancel. The shorter
-# a'_t = sum_{q >= t} (y'_q . y_q - u'_q . u_q) does not cancel as well once products are in bf16.)
+# (In the first line, W'_sq is for what is written at q and read at s; pairs with both at t or later cancel.)
 #
 # Four kernels, five launches:
 #
@@ -217,7 +216,7 @@ def _where_am_i(l, chunks, HEADS: tl.constexpr, TILES: tl.constexpr, Q: tl.const
 def walk_kernel(u_ptr, a_ptr, B_ptr, states_ptr, start_ptr, end_ptr, l, chunks, REVERSE: tl.constexpr,
         H: tl.constexpr, P_ALL: tl.constexpr, N_ALL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr,
         N: tl.constexpr):  # fmt: skip
-    # which tile am I (one "chunk" here: a whole row of the batch)
+    # which tile am I (with 1 chunk a row: a program takes a whole row of the batch)
     tile, head, batch, _rows, _inside = _where_am_i(l, 1, H, P_ALL // P * (N_ALL // N), Q)
     cols_u = head * P_ALL + tile // (N_ALL // N) * P + tl.arange(0, P)
     cols_n = tile % (N_ALL // N) * N + tl.arange(0, N)
@@ -353,7 +352,7 @@ SETTINGS = {  # kernel: (for 16 bits, for 32 bits)
 
 def _tiles(kernel, u, B):
     """-> tile of p, tile of n, warps, stages"""
-    tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][u.element_size() // 4]
+    tile_p, tile_n, warps, stages = SETTINGS[kernel.fn.__name__][u.element_size() // 4]  # 2 or 4 bytes
     return min(tile_p, u.shape[3]), min(tile_n, B.shape[2]), warps, stages
 
 
@@ -423,9 +422,8 @@ def _(u, a, B, C, states, dy, dS, chunk, wants_init):
 
 
 def _setup_context(ctx, inputs, output):
-    u, a, B, C, _, chunk = inputs
-    ctx.save_for_backward(u, a, B, C, output[2])
-    ctx.chunk = chunk
+    ctx.save_for_backward(*inputs[:4], output[2])  # u, a, B, C, the states
+    ctx.chunk = inputs[5]
     ctx.set_materialize_grads(False)  # a result that the loss does not use has the gradient None
 
 

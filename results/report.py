@@ -76,7 +76,7 @@ def collect(folder):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_whole(RESULTS / "results.jsonl", lines)
     _, checkpoint = load_run(folder / f"base-{SEEDS[0]}")
-    kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "memory")}
+    kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "kept")}
     write_whole(RESULTS / "base/ckpt.pt", lambda file: torch.save(kept, file))
     write_whole(RESULTS / "base/tokenizer.json", (folder / f"base-{SEEDS[0]}/tokenizer.json").read_text())
 

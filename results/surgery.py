@@ -62,7 +62,7 @@ def main(argv=None):
     else:
         transplant(model, load_run(args.donor)[0])
     out = Path(args.out)
-    kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "memory")}
+    kept = {name: value for name, value in checkpoint.items() if name not in ("optimizer", "kept")}
     write_whole(out / "tokenizer.json", (Path(args.run) / "tokenizer.json").read_text(encoding="utf-8"))
     kept["config"] = asdict(model.config)
     kept["model"] = model.state_dict()
