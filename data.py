@@ -28,7 +28,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-HELD_OUT = 0.2  # share of the documents, or of the end of a single one
+HELD_OUT = 0.2  # share of the documents; if they are few, of each
 SEPARATOR = "<|endoftext|>"  # between two documents: the last id of a tokenizer
 # A word with the space before it, up to three digits, a run of symbols, a line's end, indentation: no token
 # crosses the borders between these.

@@ -191,7 +191,7 @@ def main(argv=None):
         data.write_whole(path, known)
     print_table(results)
     draw(path.with_name("excess.png"), results)
-    print(f"{path}\n{path.with_name('excess.png')}")
+    print(path, path.with_name("excess.png"))
 
 
 if __name__ == "__main__":

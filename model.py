@@ -34,7 +34,7 @@ class Mamba2Config:
     headdim: int = 64  # p
     expand: int = 2  # all heads together have h p = expand d channels
     d_conv: int = 4  # tokens that the convolution sees
-    A_init: str = "uniform"  # or "log": log-uniform, with one head in each of h equal parts of the range
+    A_init: str = "uniform"  # or "log": log-uniform, one head in each of h equal parts
     A_init_range: tuple = (1, 16)  # of -A at the start
     dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
@@ -110,7 +110,7 @@ class Mamba2(nn.Module):
         # What is remembered of it.
         a = -torch.exp(self.A_log) * dt  # (b, l, h); a larger step forgets more
         u = (x * dt[..., None]).to(x.dtype)  # (b, l, h, p); and writes more
-        chunk = min(config.chunk, 1 << (l - 1).bit_length())  # no longer than the power of two >= l
+        chunk = min(config.chunk, 1 << (l - 1).bit_length())  # at most the least power of two >= l
         y, ssm = ssd(u, a, B, C, ssm, chunk, config.backend)
 
         y = y + self.D[:, None].to(x.dtype) * x  # (b, l, h, p)
@@ -228,6 +228,7 @@ class Mamba2LM(nn.Module):
             names |= dict(n_groups="ngroups", use_bias="bias", use_conv_bias="conv_bias")
             names |= dict(time_step_limit="dt_limit")
             fields = {"tie_embeddings": False} | {names.get(k, k): value for k, value in fields.items()}
+            fields["norm_before_gate"] = False  # whatever it says, transformers ignores it
         else:
             fields = {"layer": "Mamba1"} | fields | fields.get("ssm_cfg", {})  # mamba_ssm's default
         # The only values that are implemented here.

@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows, macOS: torch alone
     triton = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as Python, on a CPU: slow, for tests
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels as Python on a CPU, for tests
 
 
 def ssd_loop(u, a, B, C, init_state=None):
@@ -95,7 +95,7 @@ def why_not_triton(u, B):
     """Why the kernels below cannot take these arguments, or None if they can."""
     gpu = u.is_cuda and torch.cuda.get_device_capability(u.device) >= (8, 0)
     if triton is None or not (gpu or INTERPRETED):
-        return "the kernels need Triton, and a GPU of compute capability 8.0 or TRITON_INTERPRET=1"
+        return "the kernels need Triton, and a GPU of compute capability 8.0 or more, or TRITON_INTERPRET=1"
     if u.dtype == torch.float64 or (INTERPRETED and u.dtype == torch.bfloat16):
         return f"the kernels do not take {u.dtype}"
     p, n = u.shape[3], B.shape[2]
@@ -377,7 +377,7 @@ def _walk(u, a, B, start, chunk, reverse=False, wants_end=True):
     return states, end
 
 
-# As operators, torch.compile and autograd do not look inside. All tensors are contiguous.
+# Wrapped as operators: torch.compile and autograd do not look inside. All tensors are contiguous.
 INPUTS = "Tensor u, Tensor a, Tensor B, Tensor C"
 FORWARD = f"({INPUTS}, Tensor? init_state, int chunk) -> (Tensor, Tensor, Tensor)"
 BACKWARD = f"({INPUTS}, Tensor states, Tensor? dy, Tensor? dS, int chunk, bool wants_init) -> Tensor[]"

@@ -40,7 +40,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 # ---- The initial state: the idea of this project
 
-# Of fitted: batches measured before training, steps between two measurements after, weight of a new one.
+# For fitted: batches measured before training, steps between later measurements, weight of a new one.
 CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
 
 
@@ -106,12 +106,9 @@ class InitialState:
         return [own_rows(torch.randn(shape, generator=generator, device=self.device)) for _ in ssm]
 
     def first_row(self, b):
-        """Of this process's b rows, the first that starts from a state. At every step the same rows of the
-        whole batch do, the last ones: what row i ends with is what row i starts from."""
-        with_state = round(self.args.init_prob * WORLD * b)
-        if self.args.init_prob > 0:
-            with_state = max(with_state, 1)
-        from_zero = WORLD * b - with_state
+        """Of this process's b rows, the first that starts from a state. The last rows of the whole batch do,
+        the same at every step: row i starts from what row i ended with."""
+        from_zero = WORLD * b - round(self.args.init_prob * WORLD * b)
         return min(max(from_zero - RANK * b, 0), b)
 
 
@@ -170,7 +167,7 @@ def choose_dtype(name, device):
 
 
 def compile_layers(model, device):
-    # 4 to 8 % faster on a CPU: the convolution of model.py keeps its inputs, not computes them four times.
+    # 4 to 8 % faster on a CPU: model.py's convolution computes its inputs once, not for each term.
     options = {"realize_reads_threshold": 2} if device.type == "cpu" else None
     for block in model.backbone.layers:
         block.compile(dynamic=False, options=options)
@@ -205,7 +202,7 @@ MACHINE = ("out", "resume", "device", "backend", "compile")
 
 def make_parser():
     presets = "".join(f"--preset={name}: {values}\n" for name, values in PRESETS.items())
-    epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}, the rest as in that run"
+    epilog = f"other defaults:\n{presets}--init_from: {POST_TRAINING}; sizes, corpus, lr as in that run"
     parser, add = data.make_parser(__doc__, epilog)  # add(flag, default, help)
     positive = data.within(int, 1)  # a type: an int from 1 on
     # fmt: off
@@ -262,14 +259,13 @@ def parse(argv):
         theirs = checkpoint["args"]
         fixed = {name: getattr(model.config, name) for name in MODEL}
         fixed |= {name: theirs[name] for name in ("preset", "tokenizer")}
-        same = ("seq_len", "batch_size", "dataset", "lr")
-        defaults = POST_TRAINING | {name: theirs[name] for name in same}
+        defaults = POST_TRAINING | {name: theirs[name] for name in ("seq_len", "batch_size", "dataset", "lr")}
     parser.set_defaults(**defaults | fixed)
     args = parser.parse_args(argv)  # again, now that the defaults are known
     args.out = out
     for name, value in fixed.items():
         if getattr(args, name) != value:
-            raise ValueError(f"--{name} should be as in the other run, {value}: leave it out")
+            raise ValueError(f"--{name} should be as in that run, {value}: leave it out")
     taken = {path.name for path in Path(out).glob("*")} & {"ckpt.pt", "log.jsonl", "config.json"}
     if taken and not args.resume:
         raise ValueError(f"{out} holds a run or an official checkpoint: --resume, or choose another --out")
@@ -316,7 +312,7 @@ def mean_over_processes(tensor):
 
 def save(args, step, model, optimizer, init, corpus, log):
     """Writes the log, a row a line, and the checkpoint: plain values and tensors, all that it takes to go on.
-    At the start, the tokenizer too."""
+    At the start, the tokenizer instead of a log."""
     kept = init.kept
     if "ssm" in kept:  # each process has its own rows; the means of fitted are the same in all
         kept = {name: [all_rows(t) for t in tensors] for name, tensors in kept.items()}
@@ -356,7 +352,7 @@ def restore(checkpoint, args, corpus, optimizer, device):
 
 def prepare_corpus(args, model, checkpoint):
     tokenizer = args.tokenizer
-    if checkpoint:  # that of the other run
+    if checkpoint:  # that of the run
         folder = args.out if args.resume else args.init_from
         tokenizer = data.load_tokenizer(folder, model.config.vocab_size)
     corpus = data.load_corpus(args.dataset, tokenizer)
