@@ -180,20 +180,10 @@ def eager():
 
 # ---- Flags. Some have other defaults in a preset, or in post-training.
 
-PRESETS = {
-    "tiny": {},  # 0.4M parameters: minutes on a CPU
-    "mid": dict(d_model=256, n_layer=4, headdim=64, seq_len=256, batch_size=8, steps=2000, lr=2e-3),  # 2.1M
-    "small": dict(  # 19M, for a GPU
-        d_model=512,
-        n_layer=10,
-        headdim=64,
-        seq_len=512,
-        batch_size=32,
-        steps=5000,
-        lr=1e-3,
-        tokenizer="bpe4096",
-    ),
-}
+MID = dict(d_model=256, n_layer=4, headdim=64, seq_len=256, batch_size=8, steps=2000, lr=2e-3)
+SMALL = dict(d_model=512, n_layer=10, headdim=64, seq_len=512, batch_size=32, steps=5000, lr=1e-3)
+# 0.4M parameters, for minutes on a CPU; 2.1M; 19M, for a GPU
+PRESETS = {"tiny": {}, "mid": MID, "small": SMALL | {"tokenizer": "bpe4096"}}
 POST_TRAINING = dict(steps=500, init_prob=0.1)  # with --init_from
 # Flags of Mamba2Config; flags that may differ when a run is resumed.
 MODEL = ("d_model", "n_layer", "d_state", "headdim", "A_init", "A_init_range")
@@ -457,7 +447,6 @@ def main(argv=None):
             if saving:
                 with autocast, eager():
                     row["held_out_loss"] = validate(model, corpus.val, args.seq_len, device)
-
             print_row(row, bar)
             log.append(row)
             if saving:
