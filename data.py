@@ -116,7 +116,7 @@ def train_bpe(texts, vocab_size):
         if best not in ranks:  # (the same bytes may come again, from another pair)
             ranks[best] = len(ranks)
             bar.update()
-        for i in found_in.pop(best):
+        for i in found_in.pop(best):  # (count puts some back, which does no harm)
             count(i, -1)
             word = words[i][0]
             j = 0
