@@ -4,9 +4,7 @@ A corpus is a list of documents. A fifth of them is held out for evaluation; the
 the model. Both parts are encoded once, each document followed by a separator, and kept as one array of ids:
 
     data/<dataset>-<hash of the text>/<tokenizer>.json
-    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.npy, and ...-val.npy
-
-The hashes in the names keep a new text or tokenizer away from the tokens of an older one."""
+    data/<dataset>-<hash of the text>/<hash of the tokenizer>-train.npy, and ...-val.npy"""
 
 import argparse
 import base64
@@ -30,13 +28,12 @@ from tqdm import tqdm
 
 HELD_OUT = 0.2  # share of the documents; if they are few, of each
 SEPARATOR = "<|endoftext|>"  # between two documents: the last id of a tokenizer
-# A word with the space before it, up to three digits, a run of symbols, a line's end, indentation: no token
-# crosses the borders between these.
+# No token crosses a border between these: a word with the space before it, up to three digits, symbols, ...
 PATTERN = r" ?[^\W\d]+| ?\d{1,3}| ?[^\s\w]+|\s*\n|\s+(?!\S)|\s+"
 
 
 class Corpus(NamedTuple):
-    hash: str  # of the text and how it is split, 12 hex digits
+    hash: str  # of the text and its split
     tokenizer: object  # see read_tokenizer
     train: np.ndarray  # ids, uint16 or uint32, memory-mapped
     val: np.ndarray
@@ -85,8 +82,7 @@ def train_bpe(texts, vocab_size):
     """Byte-pair encoding: start from the 256 bytes, and again and again make the most frequent pair of
     neighbours one token. -> {bytes: id}, without the separator.
 
-    Each distinct word is kept once, with its frequency, and after a merge only the words that hold the new
-    token are counted again: seconds instead of hours."""
+    Each distinct word is kept once, with its frequency. A merge counts only the words again that hold it."""
     frequency = Counter()
     for text in texts:
         frequency.update(re.findall(PATTERN, text))
@@ -116,7 +112,7 @@ def train_bpe(texts, vocab_size):
         if best not in ranks:  # (the same bytes may come again, from another pair)
             ranks[best] = len(ranks)
             bar.update()
-        for i in found_in.pop(best):  # (count puts some back, which does no harm)
+        for i in found_in.pop(best):  # (count puts some back: no harm)
             count(i, -1)
             word = words[i][0]
             j = 0
@@ -212,7 +208,7 @@ def load_corpus(dataset="python", tokenizer="bpe1024"):
     return Corpus(corpus_hash, tokenizer, train_ids, val_ids)
 
 
-# ---- Batches. What is drawn for a step depends on the seed and the step alone, also in a resumed run.
+# ---- Batches. What is drawn for a step depends on the seed and the step alone.
 
 
 def random_windows(tokens, b, l, seed, step):
@@ -223,7 +219,7 @@ def random_windows(tokens, b, l, seed, step):
 
 def next_windows(tokens, b, l, seed, step):
     """(b, l + 1) int64: b streams, each from its own place in the text; row i of step j + 1 continues row i
-    of step j. At the end of the text a stream goes on with its beginning."""
+    of step j."""
     first = np.random.default_rng(seed).integers(len(tokens))
     distance = len(tokens) // b  # between two streams
     start = first + np.arange(b) * distance + step * l

@@ -1,17 +1,16 @@
 """How well does a model predict the t-th token of a text, for t far past its training length T?
 
-    python eval_long.py out/zero out/prev                 a table, out/eval/results.jsonl, out/eval/excess.png
-    python eval_long.py out/prev --max_len=1048576        a longer text; memory stays the same
+    python eval_long.py out/zero out/prev      a table, out/eval/results.jsonl, out/eval/excess.png
 
 Some positions happen to hold harder text than others. So each token is predicted twice, by the same model:
 
     full        after all the t tokens before it: one pass, in segments that carry the state over
     restarted   after only the last T/2 to T of them, from a zero state, as in training: in windows of T
-                tokens that overlap by half, of which the second half counts, so that each token counts once
+                tokens that overlap by half, of which the second half counts
 
 The *excess* is the mean loss (full) minus the mean loss (restarted), in nats/token, over the same tokens:
 those with t in (T/2, T], (T, 2T], (2T, 4T], ... Above 0, the longer past does harm: the model does not
-generalize in length. (In the first bucket both predictions are the same.) The *window loss* is the mean loss
+generalize in length. The *window loss* is the mean loss
 over all restarted windows: what training from other states costs within T. All is in float32."""
 
 import json
@@ -58,7 +57,7 @@ def evaluate(model, tokens, starts, length, T, bar):
     device = model.lm_head.weight.device
     segment = max(T, (TOKENS_AT_ONCE // b // half) * half)  # tokens of each text at once, a multiple of T/2
 
-    def read(begin, end):  # (b, end - begin + 1) ids, from the memory map
+    def read(begin, end):  # (b, end - begin + 1) ids
         places = starts[:, None] + np.arange(begin, end + 1)
         return torch.from_numpy(tokens[places].astype(np.int64)).to(device)
 
@@ -93,7 +92,7 @@ def evaluate(model, tokens, starts, length, T, bar):
         row |= dict(nll=(full / count).mean().item(), excess=excess.mean().item())
         row["excess_se"] = (excess.std() / b**0.5).item() if b > 1 else None
         rows.append(row)
-    return [row | {"window_loss": window_sum / windows_seen} for row in rows]  # so that a row stands alone
+    return [row | {"window_loss": window_sum / windows_seen} for row in rows]
 
 
 # ---- A table and a picture of {run: rows}

@@ -39,8 +39,8 @@ class Mamba2Config:
     dt_min: float = 1e-3  # of dt at the start
     dt_max: float = 0.1
     tie_embeddings: bool = True  # lm_head's weight is the embedding's
-    chunk: int = 64  # of the scan, in tokens; changes speed, not results
-    backend: str | None = None  # of the scan: "triton", "torch", or None for the better one
+    chunk: int = 64  # of the scan, in tokens
+    backend: str | None = None  # of the scan, see ssd
 
     def __post_init__(self):
         self.A_init_range = list(self.A_init_range)
@@ -204,8 +204,7 @@ class Mamba2LM(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, length, generator=None):
-        """Goes on from the prompt idx (b, l) -> (b, length). The state holds all that came before, so each
-        token takes the same time and memory."""
+        """Goes on from the prompt idx (b, l) -> (b, length), each token in the same time and memory"""
         out = []
         state = None
         for _ in range(length):
@@ -258,8 +257,8 @@ class Mamba2LM(nn.Module):
 
 def load_run(folder, device="cpu"):
     """-> (model in eval mode, checkpoint: a dict of tensors and plain values) of a run of train.py, or of an
-    official checkpoint, of which we know that T was 2,048 and choose the rest. ValueError, in one line, if it
-    cannot be used. Loading a file runs no code from it."""
+    official checkpoint, of which we know that T was 2,048 and choose the rest. ValueError if it cannot be
+    used."""
     try:
         if (Path(folder) / "config.json").exists():
             model = Mamba2LM.from_pretrained(folder)
@@ -276,7 +275,7 @@ def load_run(folder, device="cpu"):
 
 
 def choose_device(name):
-    """auto (CUDA, Apple's MPS or the CPU), cpu, cuda:1, ... -> torch.device. ValueError if it is not here."""
+    """auto, cpu, cuda:1, ... -> torch.device. ValueError if it is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -67,7 +67,7 @@ def ssd_loop(u, a, B, C, init_state=None):
 
 def ssd_chunked(u, a, B, C, init_state=None, chunk=64):
     """The four steps in plain torch. Arguments and results of `ssd`, gradients by autograd. Decays and states
-    are in a's dtype, products in u's. (A loop over chunks: one stays in a CPU's cache, all would not.)"""
+    are in a's dtype, products in u's."""
     S, y = init_state, []
     with torch.autocast(u.device.type, enabled=False):  # the dtypes are chosen by hand here
         for u_c, a_c, B_c, C_c in zip(*(t.split(chunk, dim=1) for t in (u, a, B, C))):
@@ -117,7 +117,7 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
     Returns
         y           (b, l, h, p)  in u's dtype
         final_state (b, h, p, n)  the state after the last token, in a's dtype
-    Gradients reach u, a, B, C and init_state, from both results. A ValueError names what does not fit."""
+    Gradients reach u, a, B, C and init_state, from both results."""
     (b, l, h, p), n = u.shape, B.shape[-1]
     wide = torch.promote_types(u.dtype, torch.float32)
     fits = dict(a=((b, l, h), wide), B=((b, l, n), u.dtype), C=((b, l, n), u.dtype))
@@ -158,15 +158,13 @@ def ssd(u, a, B, C, init_state=None, chunk=64, backend=None):
 #
 # Four kernels, five launches:
 #
-#     walk             steps 3 and 4: a program carries a tile of a head's state in registers from chunk to
-#                      chunk, and leaves the state before each
-#     output           steps 1 and 2, now that each chunk knows its state: all chunks and heads in parallel
+#     walk             steps 3 and 4: carries a tile of a state from chunk to chunk, leaves that before each
+#     output           steps 1 and 2, all chunks and heads in parallel
 #     walk             in reverse, y' for u and C for B: from final_state' to init_state', S_new' of each
 #     inputs_grad      u' and a', in parallel like output
 #     addresses_grad   B' and C', summed over the heads in a fixed order: always the same bits
 #
-# The states between chunks are kept in u's dtype, as products read them; all sums are float32. C B^T and L
-# are computed again where needed. All gradients in one kernel would need more registers than there are.
+# The states between chunks are kept in u's dtype, as products read them; all sums are float32.
 #
 # To a kernel, u is a matrix of b l rows and h p columns, B and C have n columns, a state has h p rows and n
 # columns. H, P_ALL and N_ALL are h, p and n; Q is the chunk, P and N are tiles of p and n: u, y and their
@@ -299,7 +297,7 @@ def inputs_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, dy_p
     written = tl.sum(u * du, 1)  # [Q]
     du = _dot(tl.trans(W.to(u.dtype)), dy, du)
     tl.store(du_ptr + rows[:, None] * (H * P_ALL) + cols_u[None, :], du, mask=inside[:, None])
-    # a', in the order of the derivation. All is linear in u and y': the parts of all tiles of p just add up.
+    # a', in the order of the derivation; the parts of all tiles of p add up
     paths = _dot(dy, tl.trans(u)) * W  # W' o W [Q, Q]
     da = tl.cumsum(tl.sum(paths, 1) - tl.sum(paths, 0) + from_past * since, 0, reverse=True)  # [Q]
     da += tl.cumsum(written, 0) - written + across * tl.sum(carried, 0)
@@ -340,8 +338,8 @@ def addresses_grad_kernel(u_ptr, a_ptr, B_ptr, C_ptr, states_ptr, dstates_ptr, d
     tl.store(dC_ptr + offs_out, dC, mask=inside[:, None])
 
 
-# Tile of p and of n (less where p or n is less), warps (more for long chunks), pipeline stages. Chosen from
-# the compile report, results/kernel_report.py: no spills, and all programs fit.
+# Tile of p and of n (less where p or n is less), warps (more for long chunks), pipeline stages. Chosen by
+# results/kernel_report.py: no spills, and all programs fit.
 SETTINGS = {  # kernel: (for 16 bits, for 32 bits)
     "walk_kernel": ((32, 64, 4, 2), (32, 32, 4, 1)),
     "output_kernel": ((64, 64, 4, 2), (32, 32, 8, 1)),
@@ -436,7 +434,7 @@ _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def ssd_triton(u, a, B, C, init_state=None, chunk=64):
-    """The chunked scan in Triton. Arguments and results of `ssd`, within what `why_not_triton` allows."""
+    """The chunked scan in Triton. Arguments and results of `ssd`."""
     most = 64 if u.dtype == torch.float32 else 128  # what registers hold
     chunk = max(16, min(chunk, most))  # 16: what products need
     init_state = None if init_state is None else init_state.contiguous()

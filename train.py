@@ -3,18 +3,10 @@
     python train.py --init_state=prev                                        from scratch -> out/prev
     python train.py --init_state=prev --init_from=out/zero --out=out/post    post-training of a trained model
     python train.py --out=out/prev --resume                                  goes on from the last checkpoint
-    torchrun --nproc_per_node=2 train.py --init_state=prev                   by several GPUs, or CPU processes
 
 Trained on windows of T tokens from the state 0, a recurrent model never meets the states that a longer text
-leads to, and may fail on them. arXiv 2507.02782 starts training windows from other states:
-
-    zero      0, as usual
-    noise     Gaussian noise, with one standard deviation
-    fitted    Gaussian noise, with the mean and standard deviation of states after T tokens, by layer and head
-    prev      the final state of the previous batch, which is other text (State Passing)
-    tbtt      the same, and each row goes on with that text (truncated backpropagation through time)
-
-Only tbtt takes other batches."""
+leads to, and may fail on them. arXiv 2507.02782 starts training windows from other states. What zero, noise,
+fitted, prev and tbtt are, README.md says ("The five initial states")."""
 
 import atexit
 import json
@@ -35,8 +27,7 @@ from tqdm import tqdm
 import data
 from model import Mamba2Config, Mamba2LM, choose_device, load_run
 
-# The number of this process, of how many: 0 of 1, unless torchrun has started several. Each draws the whole
-# batch and takes its own_rows of it. (own_rows, all_rows, mean_over_processes: for one process, no change.)
+# This process is RANK of WORLD, 0 of 1 but for torchrun. Each draws the whole batch and takes its own_rows.
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -48,9 +39,8 @@ CALIBRATE_STEPS, REFIT_EVERY, REFIT_RATE = 50, 10, 0.1  # our choice
 
 class InitialState:
     """The state before the first token of each training window: for each layer a pair of conv, the last
-    inputs of its convolution, and ssm, the matrices of its scan. `draw` makes it for the next step, `observe`
-    sees the state after the last token. `kept` is what is kept in between: {name: a tensor for each layer},
-    with the names "ssm" (in tbtt "conv" too), or for fitted "mean" and "mean_square".
+    inputs of its convolution, and ssm, the matrices of its scan. `kept` is what is kept from step to step:
+    {name: a tensor for each layer}, named "ssm" (in tbtt "conv" too), or for fitted "mean" and "mean_square".
 
     The mode decides on ssm. conv is zero except in tbtt, where these tokens really come before (our choice:
     the paper does not say)."""
@@ -176,7 +166,7 @@ def compile_layers(model, device):
 
 
 def eager():
-    """A context where nothing runs compiled: other shapes than training's would be compiled again."""
+    """A context where nothing runs compiled: other shapes would be compiled again."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -253,7 +243,7 @@ def parse(argv):
         fixed |= {name: theirs[name] for name in ("preset", "tokenizer")}
         defaults = POST_TRAINING | {name: theirs[name] for name in ("seq_len", "batch_size", "dataset", "lr")}
     parser.set_defaults(**defaults | fixed)
-    args = parser.parse_args(argv)  # again, now that the defaults are known
+    args = parser.parse_args(argv)  # again, with these defaults
     args.out = out
     for name, value in fixed.items():
         if getattr(args, name) != value:
@@ -303,8 +293,7 @@ def mean_over_processes(tensor):
 
 
 def save(args, step, model, optimizer, init, corpus, log):
-    """Writes the log, a row a line, and the checkpoint: plain values and tensors, all that it takes to go on.
-    At the start, the tokenizer instead of a log."""
+    """Writes the tokenizer at step 0, the log later, and the checkpoint: all that it takes to go on."""
     kept = init.kept
     if "ssm" in kept:  # each process has its own rows; the means of fitted are the same in all
         kept = {name: [all_rows(t) for t in tensors] for name, tensors in kept.items()}
@@ -324,7 +313,7 @@ def save(args, step, model, optimizer, init, corpus, log):
     out = Path(args.out)
     if step == 0:
         data.write_whole(out / "tokenizer.json", corpus.tokenizer.text)
-    else:  # (if it stops before the checkpoint is written, the resumed run writes these rows again)
+    else:  # before the checkpoint, which has these rows, too
         data.write_whole(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     data.write_whole(out / "ckpt.pt", lambda file: torch.save(content, file))
 
